@@ -1,0 +1,160 @@
+"""What a TTT layer is made of, and which layers of a transformer become hybrid."""
+
+from dataclasses import dataclass
+
+SSM_LAYERS = ("ttt_linear", "ttt_mlp")
+GATES = ("residual", "convex")
+INNER_INITS = ("scaled", "published")
+
+
+@dataclass
+class TTTConfig:
+    """Settings of the hybrid layers. Field names are those of the configuration group `ttt`."""
+
+    enable: bool = True
+    """Graft TTT layers. False leaves plain Moshi."""
+
+    layers: str = "middle"
+    """Which temporal layers become hybrid: "all", "middle" (the middle half), "none", a list
+    "15,16,31" or ranges "8-23" (both ends included), also mixed."""
+
+    ssm_layer: str = "ttt_mlp"
+    """The inner model: "ttt_linear" (one linear layer) or "ttt_mlp" (see `ttt_mlp_layers`)."""
+
+    ttt_mlp_layers: int = 2
+    """Linear layers of the inner MLP; hidden layers are 4 x the head width. Ignored by ttt_linear."""
+
+    num_heads: int | None = None
+    """TTT heads. None means as many as the host's attention. Fewer heads make the projections
+    smaller: 8 of 128 cost 16.8 M parameters a layer at Moshi's size, 32 cost 67 M."""
+
+    head_dim: int | None = None
+    """Width of a TTT head (even). None means the host's."""
+
+    mini_batch_size: int = 16
+    """Tokens (frames of 80 ms) that share one set of starting weights in the inner loop."""
+
+    base_lr: float = 8.0
+    """Inner learning rate: a token's step is base_lr / head_dim x sigmoid(...). 0 freezes the inner
+    model. Published values are 1.0 for TTT-Linear and 0.1 for TTT-MLP (arXiv 2504.05298); a prototype
+    of associative recall learnt with 8 and not with those."""
+
+    inner_init: str = "scaled"
+    """How the learned starting weights of the inner model are drawn: "published" is normal(0, 0.02)
+    everywhere; "scaled" is that for ttt_linear, and for ttt_mlp standard deviation 1 in the first
+    layer and 1 / sqrt(fan-in) after, so that hidden features of a unit-norm key have unit scale."""
+
+    normalize_target: bool = True
+    """Target of the inner loss: True normalises v - k over the head and applies the inner LayerNorm's
+    weight and bias; False takes v - k as it is (TTT-LM)."""
+
+    learned_token_scale: bool = False
+    """Learn an offset to the step scale 1 / (position + 1) of each position in a mini-batch."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding over positions inside a mini-batch."""
+
+    gate: str = "residual"
+    """How the TTT output m joins attention's update a: "residual" is x + a + tanh(alpha) m, "convex"
+    is x + alpha a + (1 - alpha) m with alpha the sigmoid of a parameter."""
+
+    gate_init: float = 0.1
+    """residual: initial alpha. convex: initial weight 1 - alpha of m. 0 switches the branch off: the
+    pretrained model's outputs stay as they were."""
+
+    ttt_layer_context: int | None = None
+    """Attention window of the hybrid layers, in frames. None leaves the host's (Moshi: 3000)."""
+
+    non_ttt_layer_context: int | None = None
+    """Attention window of the other temporal layers, in frames. None leaves the host's."""
+
+    persistent_states: bool = False
+    """Carry the inner state from one training chunk of a recording to the next. This release trains
+    every chunk from the learned weights and refuses True."""
+
+    scan_checkpoint_group_size: int = 16
+    """Mini-batches whose inner activations are recomputed together in the backward pass: memory falls,
+    the inner loop's forward runs twice. 0 keeps all activations."""
+
+    @property
+    def inner_layers(self) -> int:
+        """Number of linear layers of the inner model."""
+        return 1 if self.ssm_layer == "ttt_linear" else self.ttt_mlp_layers
+
+    def validate(self) -> None:
+        """Raise ValueError for the first setting that cannot work, with what it should be."""
+        _one_of("ttt.ssm_layer", self.ssm_layer, SSM_LAYERS)
+        _one_of("ttt.gate", self.gate, GATES)
+        _one_of("ttt.inner_init", self.inner_init, INNER_INITS)
+        _at_least("ttt.mini_batch_size", self.mini_batch_size, 1)
+        _at_least("ttt.base_lr", self.base_lr, 0)
+        _at_least("ttt.scan_checkpoint_group_size", self.scan_checkpoint_group_size, 0)
+        if self.ssm_layer == "ttt_mlp":
+            _at_least("ttt.ttt_mlp_layers", self.ttt_mlp_layers, 2, "use ssm_layer=ttt_linear for one layer")
+        for name in ("num_heads", "ttt_layer_context", "non_ttt_layer_context"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(f"ttt.{name}", value, 1)
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+            raise ValueError(f"ttt.head_dim must be even (rotary pairs), got {self.head_dim}")
+        if self.gate == "convex" and not 0 <= self.gate_init < 1:
+            raise ValueError(
+                f"ttt.gate_init of the convex gate is the weight of the TTT branch, in [0, 1); "
+                f"got {self.gate_init}"
+            )
+        if self.persistent_states:
+            raise ValueError(
+                "ttt.persistent_states=true is not available in this release: training starts every chunk "
+                "from the learned weights. Set ttt.persistent_states=false"
+            )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _at_least(name: str, value: float, minimum: float, remedy: str = "") -> None:
+    if not value >= minimum:
+        hint = f" ({remedy})" if remedy else ""
+        raise ValueError(f"{name} must be at least {minimum}; got {value}{hint}")
+
+
+def ttt_layer_indices(layers: str, num_layers: int) -> list[int]:
+    """Indices that `TTTConfig.layers` names in a transformer of `num_layers` layers.
+
+    Args:
+        layers (str): "all", "middle", "none", or indices and inclusive ranges: "15,16,31", "8-23".
+        num_layers (int): layers of the transformer.
+    Returns:
+        Sorted indices, each once.
+    Raises:
+        ValueError: the text names no layer, is malformed, or names one that does not exist.
+    """
+    named = {
+        "all": list(range(num_layers)),
+        "middle": list(range(num_layers // 4, num_layers // 4 + num_layers // 2)),
+        "none": [],
+    }
+    key = layers.strip().lower()
+    if key in named:
+        return named[key]
+    indices: set[int] = set()
+    for part in key.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(
+                f'ttt.layers must be "all", "middle", "none" or indices like "15,16,31" or "8-23"; '
+                f"got {layers!r}"
+            )
+        start, stop = int(first), int(last) if dash else int(first)
+        if start > stop:
+            raise ValueError(f"ttt.layers has the empty range {part.strip()!r}; write the lower index first")
+        indices.update(range(start, stop + 1))
+    beyond = sorted(i for i in indices if i >= num_layers)
+    if beyond:
+        raise ValueError(
+            f"ttt.layers={layers!r} names layer {beyond[0]}, but the model has {num_layers} layers: "
+            f"0 to {num_layers - 1}"
+        )
+    return sorted(indices)

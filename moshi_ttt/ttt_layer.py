@@ -1,0 +1,331 @@
+"""TTT layers: projections around the inner learner, and their streaming state.
+
+`TTTWrapper` is the entry point; it holds a `TTTLinear`, `TTTMLP` or `TTTMLPMultiLayer` as `.ttt`. The parts
+around the inner learner follow ttt-video-dit (arXiv 2504.05298), made causal.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from moshi.modules.streaming import State, StreamingModule
+from torch import nn
+from torch.nn import functional as F
+
+from moshi_ttt.config import TTTConfig
+from moshi_ttt.inner_loop import (
+    LAYER_NORM_EPS,
+    InnerNorm,
+    InnerWeights,
+    PendingUpdates,
+    fold_finished,
+    inner_loop,
+    inner_step,
+    layer_norm,
+    step_scale,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def keep_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Let `nn.Module._apply` move tensors between devices, but not change their dtype."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
+
+
+class Float32Module(nn.Module):
+    """A module whose own parameters and buffers stay float32 whatever dtype the model is cast to.
+
+    Its children are cast as usual.
+    """
+
+    def _apply(self, fn, recurse: bool = True):
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keep_float32(fn), recurse=False)
+
+
+@dataclass
+class TTTState(State):
+    """Streaming state of a TTT layer, updated in place.
+
+    Args:
+        inner: weights at the start of each row's mini-batch; copies, never the parameters.
+        pending: what the current mini-batch has gathered.
+        position: tokens that each row's mini-batch has seen, `[B]`.
+        initial: the learned weights of one row, for resets.
+        norm, step_scale: learned constants of the stream, laid out for the step.
+    """
+
+    inner: InnerWeights
+    pending: PendingUpdates
+    position: torch.Tensor
+    initial: InnerWeights
+    norm: InnerNorm
+    step_scale: torch.Tensor
+
+    def reset(self, reset_mask: torch.Tensor) -> None:
+        super().reset(reset_mask)
+        self.position.masked_fill_(reset_mask, 0)
+        nets = reset_mask.repeat_interleave(self.pending.lr.shape[0] // self.batch_size)
+        current = (*self.inner.weights, *self.inner.biases)
+        learned = (*self.initial.weights, *self.initial.biases)
+        for now, start in zip(current, learned, strict=True):
+            now.copy_(torch.where(nets[:, None, None], start.repeat(self.batch_size, 1, 1), now))
+        self.pending.clear(nets)
+
+
+class TTTBase(Float32Module, StreamingModule[TTTState]):
+    """A TTT layer: `[B, T, C]` to `[B, T, C]`, causal, with memory beyond any attention window.
+
+    Outside `streaming()` every sequence starts from the learned weights. In streaming the state lives from
+    `streaming()` on; any split of a sequence into calls gives the outputs of one whole call.
+
+    Args:
+        dim (int): width C of the model.
+        num_heads (int): TTT heads.
+        head_dim (int): width of a head.
+        config (TTTConfig): the other settings.
+    """
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, config: TTTConfig):
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.mini_batch_size = config.mini_batch_size
+        self.base_lr = config.base_lr
+        self.normalize_target = config.normalize_target
+        self.checkpoint_group_size = config.scan_checkpoint_group_size
+        self.inner_dims = self._inner_dims(head_dim, config)
+        width = num_heads * head_dim
+        self.wq = nn.Linear(dim, width)
+        self.wk = nn.Linear(dim, width)
+        self.wv = nn.Linear(dim, width)
+        self.wo = nn.Linear(width, dim)
+        self.post_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.learnable_ttt_lr_weight = nn.Parameter(torch.empty(num_heads, dim))
+        self.learnable_ttt_lr_bias = nn.Parameter(torch.empty(num_heads))
+        self.ttt_norm_weight = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.ttt_norm_bias = nn.Parameter(torch.empty(num_heads, head_dim))
+        sizes = list(zip(self.inner_dims[:-1], self.inner_dims[1:], strict=True))
+        for index, (width_in, width_out) in enumerate(sizes, start=1):
+            self.register_parameter(f"W{index}", nn.Parameter(torch.empty(num_heads, width_in, width_out)))
+            self.register_parameter(f"b{index}", nn.Parameter(torch.empty(num_heads, 1, width_out)))
+        self.token_scale_offset: nn.Parameter | None = None
+        if config.learned_token_scale:
+            self.token_scale_offset = nn.Parameter(torch.empty(config.mini_batch_size))
+        exponent = torch.arange(0, head_dim, 2) / head_dim
+        angles = torch.arange(config.mini_batch_size)[:, None] * config.rope_theta**-exponent
+        self.rope: torch.Tensor  # [K, D / 2, 2], cosine and sine
+        self.register_buffer("rope", torch.stack((angles.cos(), angles.sin()), dim=-1), persistent=False)
+        self._init_parameters(config.inner_init)
+
+    @staticmethod
+    def _inner_dims(head_dim: int, config: TTTConfig) -> list[int]:
+        """Widths of the inner network, input and output included."""
+        hidden = [4 * head_dim] * (config.inner_layers - 1)
+        return [head_dim, *hidden, head_dim]
+
+    @torch.no_grad()
+    def _init_parameters(self, inner_init: str) -> None:
+        for linear in (self.wq, self.wk, self.wv, self.wo):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.learnable_ttt_lr_weight, std=0.02)
+        nn.init.zeros_(self.learnable_ttt_lr_bias)
+        nn.init.ones_(self.ttt_norm_weight)
+        nn.init.zeros_(self.ttt_norm_bias)
+        for index, (weight, bias) in enumerate(zip(self.inner_weights, self.inner_biases, strict=True)):
+            if inner_init == "published" or len(self.inner_weights) == 1:
+                std = 0.02
+            else:
+                # Keys have norm 1, so unit deviation gives the first hidden layer unit scale.
+                std = 1.0 if index == 0 else weight.shape[1] ** -0.5
+            nn.init.normal_(weight, std=std)
+            nn.init.zeros_(bias)
+        if self.token_scale_offset is not None:
+            nn.init.zeros_(self.token_scale_offset)
+
+    @property
+    def inner_weights(self) -> list[nn.Parameter]:
+        """W1, W2, ... `[H, d_in, d_out]`: the learned start of the inner network."""
+        return [self.get_parameter(f"W{index}") for index in range(1, len(self.inner_dims))]
+
+    @property
+    def inner_biases(self) -> list[nn.Parameter]:
+        """b1, b2, ... `[H, 1, d_out]`."""
+        return [self.get_parameter(f"b{index}") for index in range(1, len(self.inner_dims))]
+
+    @property
+    def inner_parameters(self) -> int:
+        """Size of the inner networks of all heads, biases counted."""
+        return sum(p.numel() for p in (*self.inner_weights, *self.inner_biases))
+
+    def norm(self, batch_size: int) -> InnerNorm:
+        """The inner LayerNorm of every row and head."""
+        return InnerNorm(
+            self.ttt_norm_weight[:, None].repeat(batch_size, 1, 1),
+            self.ttt_norm_bias[:, None].repeat(batch_size, 1, 1),
+        )
+
+    def step_scale(self) -> torch.Tensor:
+        """Step scales of a mini-batch, `[K, K]`: 1 / (position + 1) plus the learned offset, at least 0."""
+        positions = torch.arange(self.mini_batch_size, device=self.ttt_norm_weight.device)
+        scale = 1.0 / (positions + 1).to(self.ttt_norm_weight.dtype)
+        if self.token_scale_offset is not None:
+            scale = (scale + self.token_scale_offset).clamp(min=0)
+        return step_scale(scale)
+
+    def initial_weights(self, batch_size: int) -> InnerWeights:
+        """The learned weights for every row and head."""
+        return InnerWeights(
+            tuple(w.repeat(batch_size, 1, 1) for w in self.inner_weights),
+            tuple(b.repeat(batch_size, 1, 1) for b in self.inner_biases),
+        )
+
+    def _nets(self, rows: torch.Tensor) -> torch.Tensor:
+        """A value for each row `[B]` to one for each row and head `[N]`."""
+        return rows[:, None].expand(-1, self.num_heads).flatten()
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, H * D]` in the model's dtype to `[B, H, T, D]` in the inner state's."""
+        x = x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        return x.to(self.ttt_norm_weight.dtype)
+
+    def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding (adjacent pairs) of `[B, H, T, D]` by positions `[B or 1, T]`."""
+        rotation = torch.view_as_complex(self.rope[positions])[:, None]
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+
+    def project(
+        self, x: torch.Tensor, positions: torch.Tensor, norm: InnerNorm
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs of the inner learner.
+
+        Args:
+            x: `[B, T, C]`.
+            positions: positions inside the mini-batch, `[B or 1, T]`.
+            norm: LayerNorm of the inner loss.
+        Returns:
+            q, k, target `[N, T, D]` and the inner learning rate `[N, T]`, N = B * H, all float32.
+        """
+        qk = self._heads(torch.cat((self.wq(x), self.wk(x)), dim=-1))
+        q, k = self._rotate(F.normalize(qk, dim=-1), positions).chunk(2, dim=1)
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        target = self._heads(self.wv(x)).flatten(0, 1) - k
+        if self.normalize_target:
+            target = layer_norm(target, norm)
+        logits = F.linear(
+            x.to(self.learnable_ttt_lr_weight.dtype), self.learnable_ttt_lr_weight, self.learnable_ttt_lr_bias
+        )
+        lr = (self.base_lr / self.head_dim) * torch.sigmoid(logits)
+        return q, k, target, lr.transpose(1, 2).flatten(0, 1)
+
+    def _output(self, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`[N, T, D]` to `[B, T, C]` in the model's dtype."""
+        joined = out.unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2)
+        return self.wo(self.post_norm(joined.to(self.post_norm.weight.dtype))).to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, C]` to `[B, T, C]`. Continues the stream when streaming, else starts afresh."""
+        state = self._streaming_state
+        if state is not None:
+            assert x.shape[0] == state.batch_size, f"streaming {state.batch_size} rows, got {x.shape[0]}"
+            return torch.cat([self._step(frame, state) for frame in x.split(1, dim=1)], dim=1)
+        batch_size = x.shape[0]
+        norm = self.norm(batch_size)
+        positions = torch.arange(x.shape[1], device=x.device)[None] % self.mini_batch_size
+        out, _ = inner_loop(
+            *self.project(x, positions, norm),
+            self.initial_weights(batch_size),
+            norm,
+            self.step_scale(),
+            self.checkpoint_group_size,
+        )
+        return self._output(out, x.dtype)
+
+    @torch.no_grad()
+    def _init_streaming_state(self, batch_size: int) -> TTTState:
+        like = self.ttt_norm_weight
+        pending = PendingUpdates.empty(
+            batch_size * self.num_heads, self.mini_batch_size, self.inner_dims, like
+        )
+        return TTTState(
+            batch_size,
+            like.device,
+            inner=self.initial_weights(batch_size),
+            pending=pending,
+            position=torch.zeros(batch_size, device=like.device, dtype=torch.long),
+            initial=self.initial_weights(1),
+            norm=self.norm(batch_size),
+            step_scale=self.step_scale(),
+        )
+
+    @torch.no_grad()
+    def _step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
+        """One frame `[B, 1, C]` of every row's stream."""
+        out = inner_step(
+            *self.project(x, state.position[:, None], state.norm),
+            self._nets(state.position),
+            state.inner,
+            state.pending,
+            state.norm,
+            state.step_scale,
+        )
+        state.position.add_(state.exec_mask)
+        finished = state.position == self.mini_batch_size
+        # On a GPU, asking would stall the stream and break graph capture; there the fold always runs.
+        if x.device.type != "cpu" or bool(finished.any()):
+            fold_finished(self._nets(finished), state.inner, state.pending, state.step_scale)
+            state.position.masked_fill_(finished, 0)
+        return self._output(out, x.dtype)
+
+
+class TTTLinear(TTTBase):
+    """TTT with one inner linear layer."""
+
+
+class TTTMLP(TTTBase):
+    """TTT with an inner MLP of two linear layers, hidden width 4 x head width."""
+
+
+class TTTMLPMultiLayer(TTTBase):
+    """TTT with an inner MLP of three or more linear layers."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, config: TTTConfig):
+        super().__init__(dim, num_heads, head_dim, config)
+        logger.info("[TTT-MLP-MULTI] Number of layers: %d", config.inner_layers)
+        logger.info("[TTT-MLP-MULTI] Layer dimensions: %s", self.inner_dims)
+        logger.info("[TTT-MLP-MULTI] Total TTT parameters: %s", f"{self.inner_parameters:,}")
+
+
+class TTTWrapper(nn.Module):
+    """Builds the TTT layer that the config asks for and stands for it: `forward(x)`, `[B, T, C]`.
+
+    Args:
+        dim (int): width of the host model.
+        host_num_heads (int): the host's attention heads, used where the config leaves sizes open.
+        config (TTTConfig): settings, validated.
+    """
+
+    def __init__(self, dim: int, host_num_heads: int, config: TTTConfig):
+        super().__init__()
+        config.validate()
+        num_heads = config.num_heads or host_num_heads
+        head_dim = config.head_dim or dim // host_num_heads
+        if head_dim % 2:
+            raise ValueError(f"the host's head width {head_dim} is odd; set ttt.head_dim to an even number")
+        kinds = {1: TTTLinear, 2: TTTMLP}
+        kind = kinds.get(config.inner_layers, TTTMLPMultiLayer)
+        self.ttt: TTTBase = kind(dim, num_heads, head_dim, config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ttt(x)
