@@ -125,8 +125,8 @@ def _load_part(model: LMModel, expected: set[str], path: Path) -> None:
     for name, tensor in state.items():
         if name in live and live[name].shape != tensor.shape:
             raise ValueError(
-                f"{path}: {name} has shape {list(tensor.shape)}, the settings make it {list(live[name].shape)}; "
-                "load it with the settings it was trained with"
+                f"{path}: {name} has shape {list(tensor.shape)}, the settings make it "
+                f"{list(live[name].shape)}; load it with the settings it was trained with"
             )
     before = set(live)
     result = model.load_state_dict(state, strict=False)

@@ -6,7 +6,7 @@ A checkpoint is the folder `RUN/checkpoints/checkpoint_000500/consolidated/` wit
     config.json                Moshi's own model config, as the moshi package reads it
     ttt.safetensors            parameters of the TTT branches, where there are any
     lora.safetensors           LoRA factors under plain Moshi's names, where there are any
-    consolidated.safetensors   all base weights under plain Moshi's names, where they differ from the base model
+    consolidated.safetensors   all base weights under plain Moshi's names, where they are not the base model's
     checkpoint.json            format version, step, the base model's and every file's SHA-256
 
 It is written under a temporary name, synced and renamed, so that it exists whole or not at all.
@@ -28,7 +28,7 @@ from moshi.models.lm import LMModel
 from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import save_file
 
-from moshi_ttt.building import ModelSettings, WeightFiles, build_model, ttt_parameter_names
+from moshi_ttt.building import ModelSettings, WeightFiles, build_model
 from moshi_ttt.digest import sha256
 from moshi_ttt.integration import live_contexts, ttt_layers, verify_ttt_layers
 from moshi_ttt.loading import base_fingerprint, find_base
@@ -235,7 +235,7 @@ def verify_files(folder: Path) -> dict[str, Any]:
         size = (folder / name).stat().st_size
         if size != expected["bytes"]:
             raise ValueError(
-                f"{folder / name} has {size} bytes, expected {expected['bytes']}: it was cut short or replaced"
+                f"{folder / name} has {size} bytes, expected {expected['bytes']}: cut short or replaced"
             )
         if sha256(folder / name) != expected["sha256"]:
             raise ValueError(f"{folder / name} was changed after it was saved: its SHA-256 differs")
@@ -290,9 +290,9 @@ def _verify_base(folder: Path, manifest: dict[str, Any], base: CheckpointInfo, f
     for name, digest in expected.items():
         if found[name] != digest:
             raise ValueError(
-                f"{folder} was trained on another base model: the {name} file of {manifest['base']['source']} "
-                f"has SHA-256 {found[name][:12]}, expected {digest[:12]}. Set model.revision to the one it was "
-                "trained on, or restore the original files"
+                f"{folder} was trained on another base model: the {name} file of "
+                f"{manifest['base']['source']} has SHA-256 {found[name][:12]}, expected {digest[:12]}. Set "
+                "model.revision to the one it was trained on, or restore the original files"
             )
 
 

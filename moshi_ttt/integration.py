@@ -115,6 +115,13 @@ def set_attention_context(
             attention.context = context
 
 
+def set_activation_checkpointing(model: LMModel, enable: bool) -> None:
+    """Recompute each layer's activations in the backward pass, or keep them."""
+    model.transformer.checkpointing = enable
+    assert model.depformer is not None
+    model.depformer.checkpointing = enable
+
+
 def live_contexts(model: LMModel) -> dict[bool, list[int]]:
     """Attention contexts in frames as the modules have them, of TTT layers (True) and the others (False)."""
     contexts: dict[bool, list[int]] = {True: [], False: []}
@@ -131,9 +138,8 @@ def context_line(model: LMModel, inference: bool = False) -> str:
     ttt, others = (_one_number(live[kind]) for kind in (True, False))
     counts = f"{len(live[True])} layers", f"{len(live[False])} layers"
     if inference:
-        return (
-            f"Set context: {model.context} → TTT layers: {ttt} ({counts[0]}), Non-TTT: {others} ({counts[1]})"
-        )
+        before = f"Set context: {model.context}"
+        return f"{before} → TTT layers: {ttt} ({counts[0]}), Non-TTT: {others} ({counts[1]})"
     return f"Set attention context: TTT layers={ttt} ({counts[0]}), Non-TTT={others} ({counts[1]})"
 
 
@@ -149,7 +155,7 @@ def receptive_field(model: LMModel) -> int:
 
 
 def live_settings(model: LMModel) -> dict[str, Any]:
-    """Every setting that reached the model, read from its modules: to compare with a config or another model."""
+    """Every setting that reached the model, read from its modules, to compare with another model."""
     settings: dict[str, Any] = {
         "num_layers": len(model.transformer.layers),
         "dtype": str(model.dtype),

@@ -4,10 +4,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
-from moshi.models import LMModel, MimiModel
+from moshi.models.compression import MimiModel
+from moshi.models.lm import LMModel
 from moshi.models.loaders import MIMI_NAME, MOSHI_NAME, TEXT_TOKENIZER_NAME, CheckpointInfo
 
 from moshi_ttt.digest import cached_sha256
@@ -47,6 +49,20 @@ def find_base(config: ModelConfig) -> CheckpointInfo:
         f'model.source={config.source!r} is no folder here and no hub repository id; expected "tiny", a '
         "folder with config.json and model.safetensors, or an id like kyutai/moshiko-pytorch-bf16"
     )
+
+
+def find_lm_config(config: ModelConfig) -> dict[str, Any] | None:
+    """Sizes of a base model's LM, without fetching weights. None means Moshi 7B's.
+
+    A repository without config.json, or one that cannot be reached, is taken for a Moshi 7B, with a warning.
+    """
+    if config.source == "tiny" or Path(config.source).expanduser().is_dir():
+        return find_base(config).lm_config
+    unused = Path("not-fetched")
+    info = CheckpointInfo.from_hf_repo(
+        config.source, unused, unused, unused, lora_weights=unused, revision=config.revision
+    )
+    return info.lm_config
 
 
 def _from_folder(folder: Path) -> CheckpointInfo:

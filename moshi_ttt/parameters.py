@@ -59,7 +59,7 @@ def set_trainable(model: LMModel, mode: str) -> dict[str, int]:
             raise ValueError(f"mode={mode} trains {group} parameters, but the model has none; {remedy}")
     if mode == "full" and "lora" in present:
         raise ValueError("mode=full trains the weights under LoRA; set lora.enable=false or mode=lora+ttt")
-    counts = dict.fromkeys(GROUPS, 0)
+    counts: dict[str, int] = dict.fromkeys(GROUPS, 0)
     for group, _, parameter in named_groups(model):
         parameter.requires_grad_(group in wanted)
         if group in wanted:

@@ -55,7 +55,7 @@ def _set_capacity(attention: StreamingMultiheadAttention, max_chunk: int) -> Non
 
 
 def refuse_large_chunks(transformer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-    """Forward pre-hook of the temporal transformer: a call with more frames than its caches allow is an error.
+    """Forward pre-hook of the temporal transformer: more frames in a call than its caches allow is an error.
 
     Raises:
         ValueError: with the number of frames that was declared.
@@ -74,6 +74,6 @@ def refuse_large_chunks(transformer: nn.Module, args: tuple[torch.Tensor, ...]) 
         max_chunk = state.kv_cache.capacity - attention.context + 1
         if frames > max_chunk:
             raise ValueError(
-                f"a streaming call got {frames} frames, but {max_chunk} were declared when streaming started; "
-                f"start with moshi_ttt.streaming.streaming(model, batch_size, max_chunk={frames})"
+                f"a streaming call got {frames} frames, but {max_chunk} were declared when streaming "
+                f"started; start with moshi_ttt.streaming.streaming(model, batch_size, max_chunk={frames})"
             )

@@ -236,6 +236,7 @@ def _train_tokenizer(path: Path) -> None:
             bos_id=1,
             eos_id=2,
             pad_id=3,
+            user_defined_symbols=["\n"],
             num_threads=1,
             minloglevel=2,
         )

@@ -1,0 +1,230 @@
+"""The typed config of a training run: every field, what it means, what it must be."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from moshi_ttt.building import ModelSettings
+from moshi_ttt.config import TTTConfig
+from moshi_ttt.loading import ModelConfig
+from moshi_ttt.lora import LoRAConfig
+from moshi_ttt.parameters import TRAINABLE_GROUPS
+
+
+@dataclass
+class DataConfig:
+    """Where recordings are and how they become streams. Format: Kyutai's stereo jsonl."""
+
+    train: str = MISSING
+    """jsonl of the training recordings: lines {"path": ..., "duration": seconds}. The audio is stereo, left
+    Moshi and right the user; NAME.json beside it holds the timed words."""
+
+    valid: str | None = None
+    """jsonl of held-out recordings for the validation loss. None validates nothing."""
+
+    root: str | None = None
+    """Folder that all audio must lie in. None is the folder of each jsonl."""
+
+    shuffle: bool = True
+    """Draw clips in a new seeded order every epoch."""
+
+    keep_main_only: bool = True
+    """Put only the main speaker's words on the text stream, as moshi-finetune does."""
+
+    main_speaker: str = "SPEAKER_MAIN"
+    """The main speaker's label in the alignments."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its OneCycle schedule. Rates are the peaks of the schedule."""
+
+    lr: float = 2e-6
+    """Base weights and LoRA factors."""
+
+    ttt_lr: float = 1e-4
+    """TTT branches: projections, norms, and the learned start of the inner weights."""
+
+    gate_lr: float = 1e-3
+    """Gates: a few numbers that decide how much memory is used at all."""
+
+    weight_decay: float = 0.1
+    """Of base weights and LoRA factors."""
+
+    ttt_weight_decay: float = 0.0
+    """Of the TTT branches. Gates never decay."""
+
+    pct_start: float = 0.05
+    """Share of the steps in which the rates rise."""
+
+    max_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+@dataclass
+class EvalConfig:
+    """What is measured while training."""
+
+    every_steps: int = 100
+    """Steps between evaluations; 0 means never. There is also one after the last step."""
+
+    max_clips: int | None = None
+    """Use only the first clips of the validation set. None uses all."""
+
+    prompt: str | None = None
+    """A recording (one channel: the user) that Moshi answers at each evaluation. None generates nothing."""
+
+    seed: int = 0
+    """Seed of the answers."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written."""
+
+    every_steps: int = 100
+    """Steps between checkpoints; 0 means only after the last step."""
+
+    keep: int | None = 3
+    """How many to keep. None keeps all."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases. The API key comes from `wandb login` or WANDB_API_KEY, never from a config."""
+
+    mode: str = "disabled"
+    """online, offline or disabled."""
+
+    project: str | None = None
+    """Needed unless disabled."""
+
+    entity: str | None = None
+    """Team or user. None is your default."""
+
+    name: str | None = None
+    """Name of the run. None is the run directory's."""
+
+
+@dataclass
+class TrainConfig:
+    """A training run."""
+
+    run_dir: str = MISSING
+    """New folder for config, log, metrics, answers and checkpoints."""
+
+    mode: str = "lora+ttt"
+    """What trains: frozen (nothing: evaluate only), lora, ttt, lora+ttt, full."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    ttt: TTTConfig = field(default_factory=TTTConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    init_from: str | None = None
+    """Start from the weights of a checkpoint (ours or moshi-finetune's); all settings are this run's."""
+
+    duration_sec: float = 100.0
+    """Length of a training clip."""
+
+    batch_size: int = 16
+    """Clips on each process in one forward pass."""
+
+    num_microbatches: int = 1
+    """Forward passes whose gradients are added up to one step."""
+
+    max_steps: int = 2000
+    """Optimiser steps."""
+
+    first_codebook_weight_multiplier: float = 100.0
+    """Weight of the semantic codebook in the audio loss; the acoustic ones weigh 1."""
+
+    text_padding_weight: float = 0.5
+    """Weight of padding in the text loss."""
+
+    param_dtype: str = "bfloat16"
+    """bfloat16 or float32. Inner weights, gates and optimiser state are float32 with either."""
+
+    gradient_checkpointing: bool = True
+    """Recompute each layer's activations in the backward pass."""
+
+    device: str = "auto"
+    """cuda, cpu, or auto: cuda where there is one."""
+
+    seed: int = 0
+    """Of new weights and of the order of clips."""
+
+    log_every: int = 1
+    """Steps between lines in metrics.jsonl and the log."""
+
+    @property
+    def settings(self) -> ModelSettings:
+        """The part that decides what the model is."""
+        return ModelSettings(self.model, self.param_dtype, self.lora, self.ttt)
+
+    def validate(self) -> None:
+        """Raise ValueError for settings that cannot work together, before anything is loaded or written."""
+        if self.mode not in TRAINABLE_GROUPS:
+            raise ValueError(f"mode must be one of {', '.join(TRAINABLE_GROUPS)}; got {self.mode!r}")
+        _ = self.settings.dtype
+        if self.ttt.enable:
+            self.ttt.validate()
+        if self.lora.enable:
+            self.lora.validate()
+        trained = self.mode.split("+")
+        for group, section in (("lora", self.lora), ("ttt", self.ttt)):
+            if group in trained and not section.enable:
+                raise ValueError(f"mode={self.mode} trains {group}; set {group}.enable=true or another mode")
+        if self.mode == "full" and self.lora.enable:
+            raise ValueError("mode=full trains the weights under LoRA; set lora.enable=false or another mode")
+        for name in ("duration_sec", "batch_size", "num_microbatches", "max_steps", "log_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name, value in (
+            ("eval.every_steps", self.eval.every_steps),
+            ("checkpoint.every_steps", self.checkpoint.every_steps),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} must be 0 (never) or more, got {value}")
+        if self.checkpoint.keep is not None and self.checkpoint.keep < 1:
+            raise ValueError(
+                f"checkpoint.keep must be at least 1, or null for all; got {self.checkpoint.keep}"
+            )
+        if self.wandb.mode not in ("online", "offline", "disabled"):
+            raise ValueError(f"wandb.mode must be online, offline or disabled; got {self.wandb.mode!r}")
+        if self.wandb.mode != "disabled" and not self.wandb.project:
+            raise ValueError(f"wandb.mode={self.wandb.mode} needs wandb.project=NAME")
+
+
+def register() -> None:
+    """Tell Hydra the types, so that an unknown key or a wrong type is an error."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+
+
+def to_typed(config: DictConfig) -> TrainConfig:
+    """The composed config as dataclasses, checked.
+
+    Raises:
+        ValueError: a value that the user must give is missing, or settings cannot work.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(missing)}; give them as {missing[0]}=VALUE")
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, TrainConfig)
+    typed.validate()
+    return typed
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain values, for files."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]

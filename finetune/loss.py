@@ -1,0 +1,78 @@
+"""Moshi's training loss: cross-entropy of text and audio tokens with moshi-finetune's weights."""
+
+from dataclasses import dataclass
+
+import torch
+from moshi.models.lm import LMModel, LMOutput
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much targets count.
+
+    Args:
+        first_codebook: weight of the semantic codebook; acoustic ones weigh 1.
+        text_padding: weight of padding and end-of-padding in the text stream; words weigh 1.
+    """
+
+    first_codebook: float
+    text_padding: float
+
+
+@dataclass
+class WeightedTargets:
+    """Targets and their weights for one batch, known before the forward pass.
+
+    Args:
+        text: `[B, 1, T]`, weight 0 where there is no target.
+        audio: `[B, dep_q, T]` likewise.
+    """
+
+    text: torch.Tensor
+    text_weight: torch.Tensor
+    audio: torch.Tensor
+    audio_weight: torch.Tensor
+
+    def totals(self) -> torch.Tensor:
+        """Sum of the text and of the audio weights, `[2]`, float64."""
+        return torch.stack((self.text_weight.double().sum(), self.audio_weight.double().sum()))
+
+
+def weighted_targets(model: LMModel, codes: torch.Tensor, weights: LossWeights) -> WeightedTargets:
+    """Targets of codes `[B, 17, T]`: what the model predicts, and with which weight.
+
+    A codebook delayed by d has no target in the last d frames: its logits would need inputs beyond the clip.
+    """
+    first, last = model.audio_offset, model.audio_offset + model.dep_q
+    frames = torch.arange(codes.shape[-1], device=codes.device)
+    delays = torch.tensor(model.delays, device=codes.device)
+    valid = (codes != model.zero_token_id) & (frames < codes.shape[-1] - delays[:, None])
+    text, audio = codes[:, :first], codes[:, first:last]
+    text_weight = valid[:, :first].float()
+    padding = (text == model.text_padding_token_id) | (text == model.end_of_text_padding_id)
+    text_weight = torch.where(padding, text_weight * weights.text_padding, text_weight)
+    audio_weight = valid[:, first:last].float()
+    audio_weight[:, 0] *= weights.first_codebook
+    return WeightedTargets(text, text_weight, audio, audio_weight)
+
+
+def weighted_nll_sum(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Sum of weight x cross-entropy in nats, a float32 scalar.
+
+    Args:
+        logits: `[B, K, T, card]`; NaN is allowed where the weight is 0.
+        targets, weight: `[B, K, T]`.
+    """
+    counts = weight > 0
+    # Out of place of the NaN: a product with 0 would keep it, and no host synchronisation is needed.
+    logits = torch.where(counts[..., None], logits, 0).flatten(0, 2).float()
+    nll = F.cross_entropy(logits, torch.where(counts, targets, 0).flatten(), reduction="none")
+    return (nll * weight.flatten()).sum()
+
+
+def loss_sums(output: LMOutput, targets: WeightedTargets) -> torch.Tensor:
+    """Weighted sums of the text and of the audio loss, `[2]`, float32, differentiable."""
+    text = weighted_nll_sum(output.text_logits, targets.text, targets.text_weight)
+    audio = weighted_nll_sum(output.logits, targets.audio, targets.audio_weight)
+    return torch.stack((text, audio))

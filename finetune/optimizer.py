@@ -1,0 +1,76 @@
+"""AdamW with a learning rate for each group, float32 masters of bfloat16 parameters, OneCycle."""
+
+import torch
+from moshi.models.lm import LMModel
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+
+from finetune.config import OptimConfig
+from moshi_ttt.parameters import named_groups
+
+
+class Optimizer:
+    """Updates the trainable parameters of a model.
+
+    A parameter that is not float32 has a float32 master that is updated in its place and copied back, so
+    that small updates are not lost to rounding.
+
+    Args:
+        model: with `requires_grad` set as the run wants it.
+        config: rates and decay.
+        max_steps: length of the schedule.
+    """
+
+    def __init__(self, model: LMModel, config: OptimConfig, max_steps: int):
+        rates = {"base": config.lr, "lora": config.lr, "ttt": config.ttt_lr, "gate": config.gate_lr}
+        decays = {"base": config.weight_decay, "lora": config.weight_decay, "ttt": config.ttt_weight_decay}
+        members: dict[str, list[nn.Parameter]] = {}
+        for group, _, parameter in named_groups(model):
+            if parameter.requires_grad:
+                members.setdefault(group, []).append(parameter)
+        assert members, "an optimiser needs something to train"
+        self.max_norm = config.max_norm
+        self.parameters = [p for group in members.values() for p in group]
+        self.masters = {p: p.detach().float().clone() for p in self.parameters if p.dtype != torch.float32}
+        self.groups = list(members)
+        self.adamw = AdamW(
+            [
+                {
+                    "params": [self.masters.get(p, p) for p in group],
+                    "lr": rates[name],
+                    "weight_decay": decays.get(name, 0.0),
+                }
+                for name, group in members.items()
+            ],
+            betas=(0.9, 0.95),
+            eps=1e-8,
+        )
+        self.schedule = OneCycleLR(
+            self.adamw,
+            max_lr=[rates[name] for name in members],
+            total_steps=max_steps,
+            pct_start=config.pct_start,
+        )
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def clip(self) -> torch.Tensor:
+        """Scale all gradients down to the configured norm; returns the norm they had."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the parameters and move the schedule on."""
+        for parameter, master in self.masters.items():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.adamw.step()
+        for parameter, master in self.masters.items():
+            parameter.copy_(master)
+        self.schedule.step()
+
+    def learning_rates(self) -> dict[str, float]:
+        """The current rate of each group."""
+        return {name: group["lr"] for name, group in zip(self.groups, self.adamw.param_groups, strict=True)}

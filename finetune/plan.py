@@ -1,0 +1,230 @@
+"""What a run needs, before it starts: `python -m finetune.plan experiment=moshi_7b_ttt data.train=- gpu=h100`
+
+One training step is run on meta tensors: the real model and loss, with shapes and no numbers. Live bytes are
+followed storage by storage through forward and backward, FLOPs by torch's own counter, so a change of the
+model changes the plan.
+"""
+
+import logging
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from moshi.models import loaders
+from moshi.models.lm import LMModel
+from omegaconf import DictConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from finetune.config import TrainConfig, to_typed
+from finetune.loss import LossWeights, loss_sums, weighted_targets
+from finetune.run_dir import start_logging
+from moshi_ttt.integration import apply_ttt_to_model, set_activation_checkpointing
+from moshi_ttt.loading import find_lm_config, refuse_other_models
+from moshi_ttt.lora import apply_lora_to_model
+from moshi_ttt.parameters import named_groups, set_trainable
+
+logger = logging.getLogger(__name__)
+
+FRAME_RATE = 12.5
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Vendor's figures: memory in GiB, dense bfloat16 peak in TFLOP/s."""
+
+    memory_gib: float
+    peak_tflops: float
+
+
+GPUS = {
+    "h100": GPU(80.0, 989.0),
+    "h200": GPU(141.0, 989.0),
+    "a100": GPU(80.0, 312.0),
+    "a100-40": GPU(40.0, 312.0),
+    "l40s": GPU(48.0, 362.0),
+    "l4": GPU(24.0, 121.0),
+}
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """A training config and the machine to plan it for."""
+
+    gpu: str = "h100"
+    """One of the names in finetune/plan.py."""
+
+    gpus: int = 1
+    """How many."""
+
+    mfu: float = 0.2
+    """Assumed share of the peak that the step reaches; moshi-finetune's published figure is 0.044."""
+
+    run_dir: str = "-"
+
+
+@dataclass
+class Plan:
+    """What a run needs. Bytes are those of one GPU.
+
+    Args:
+        parameters, trainable: counts.
+        weights: bytes of all parameters.
+        optimizer: AdamW's two moments and the float32 masters of bfloat16 parameters.
+        step_peak: most bytes alive during a forward and backward pass: activations, gradients, temporaries.
+        flops_per_step: on one GPU, recomputation included.
+        checkpoint: bytes of one checkpoint.
+        frames_per_step: on all GPUs.
+    """
+
+    parameters: int
+    trainable: int
+    weights: int
+    optimizer: int
+    step_peak: int
+    flops_per_step: int
+    checkpoint: int
+    frames_per_step: int
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.optimizer + self.step_peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of storages made while active; `peak` is the most that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._follow, result)
+        return result
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Do not count these storages: they were there before."""
+        for tensor in tensors:
+            self._seen[tensor.untyped_storage()] = True
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._seen[storage] = True
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, size)
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+def build_on_meta(config: TrainConfig) -> LMModel:
+    """The run's model without numbers."""
+    lm_config = find_lm_config(config.model)
+    model = loaders.get_moshi_lm(None, lm_kwargs=lm_config, device="meta", dtype=config.settings.dtype)
+    refuse_other_models(model)
+    if config.lora.enable:
+        apply_lora_to_model(model, config.lora)
+    with torch.device("meta"):
+        apply_ttt_to_model(model, config.ttt)
+    set_trainable(model, config.mode)
+    set_activation_checkpointing(model, config.gradient_checkpointing)
+    return model.train()
+
+
+def measure_step(model: LMModel, codes: torch.Tensor, weights: LossWeights) -> tuple[int, int]:
+    """Peak of the live bytes, and FLOPs, of one forward and backward pass; works on any device.
+
+    Gradients are left behind as a training step leaves them.
+    """
+    memory = LiveBytes()
+    memory.ignore((*model.parameters(), *model.buffers(), codes))
+    with memory:
+        loss_sums(model(codes), weighted_targets(model, codes, weights)).sum().backward()
+    # A pass of its own: torch's counter keeps what activation checkpointing recomputes alive.
+    with FlopCounterMode(display=False) as flops:
+        loss_sums(model(codes), weighted_targets(model, codes, weights)).sum().backward()
+    return memory.peak, flops.get_total_flops()
+
+
+def make_plan(config: TrainConfig, gpus: int) -> Plan:
+    """Count what a run of `config` needs on each of `gpus` data-parallel GPUs."""
+    model = build_on_meta(config)
+    frames = math.ceil(config.duration_sec * FRAME_RATE)
+    codes = torch.zeros(config.batch_size, model.num_codebooks, frames, dtype=torch.long, device="meta")
+    weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    peak, flops = measure_step(model, codes, weights) if trainable else (0, 0)
+    saved = {"lora", "ttt", "gate"} | ({"base"} if config.mode == "full" else set())
+    return Plan(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in trainable),
+        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
+        optimizer=sum((8 if p.dtype == torch.float32 else 12) * p.numel() for p in trainable),
+        step_peak=peak,
+        flops_per_step=flops * config.num_microbatches,
+        checkpoint=sum(p.numel() * p.element_size() for g, _, p in named_groups(model) if g in saved),
+        frames_per_step=config.batch_size * config.num_microbatches * frames * gpus,
+    )
+
+
+def plan_text(plan: Plan, config: "PlanConfig") -> str:
+    """The plan for a reader, with what it assumes."""
+    gpu = GPUS[config.gpu]
+    step_sec = plan.flops_per_step / (config.mfu * gpu.peak_tflops * 1e12)
+    hours = step_sec * config.max_steps / 3600
+    kept = config.checkpoint.keep or config.max_steps // max(1, config.checkpoint.every_steps)
+    fits = "fits" if plan.memory < 0.92 * gpu.memory_gib * GIB else "DOES NOT FIT"
+    audio_hours = plan.frames_per_step * config.max_steps / FRAME_RATE / 3600
+    rows = [
+        ("parameters", f"{plan.parameters:,}, {plan.trainable:,} train (mode {config.mode})"),
+        ("memory per GPU", f"{plan.memory / GIB:.1f} GiB of {gpu.memory_gib:g}: {fits}"),
+        ("  weights", f"{plan.weights / GIB:.1f} GiB"),
+        ("  optimiser state", f"{plan.optimizer / GIB:.1f} GiB"),
+        ("  peak of a step", f"{plan.step_peak / GIB:.1f} GiB (activations, gradients, temporaries)"),
+        (
+            "disk",
+            f"{plan.checkpoint * (kept + 1) / GIB:.2f} GiB: {kept} kept checkpoints and one being written",
+        ),
+        ("compute per step", f"{plan.flops_per_step / 1e12:.1f} TFLOP on each GPU, recomputation included"),
+        ("time per step", f"{step_sec:.2f} s at an assumed {config.mfu:.0%} of {gpu.peak_tflops:g} TFLOP/s"),
+        ("time of the run", f"{hours:.1f} h for {config.max_steps:,} steps, {audio_hours:,.0f} h of audio"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    title = f"Plan for {config.gpus} x {config.gpu}, {config.duration_sec:g} s x {config.batch_size} clips"
+    caveat = (
+        "Every GPU holds the whole model (data parallel). The peak counts attention scores in full, which "
+        "fused kernels avoid, and leaves out fragmentation and the CUDA context (about 1 GiB)."
+    )
+    return "\n".join([title, *(f"{name.ljust(width)}  {value}" for name, value in rows), caveat])
+
+
+ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="plan")
+def main(config: DictConfig) -> None:
+    start_logging(is_main=True)
+    typed = to_typed(config)
+    assert isinstance(typed, PlanConfig)
+    if typed.gpu not in GPUS:
+        raise ValueError(f"gpu must be one of {', '.join(GPUS)}; got {typed.gpu!r}")
+    logging.getLogger("moshi_ttt").setLevel(logging.WARNING)
+    logger.info("%s", plan_text(make_plan(typed, typed.gpus), typed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""`python -m finetune.train experiment=demo run_dir=runs/demo`, the same under torchrun."""
+
+import logging
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from finetune.config import TrainConfig, register, to_typed
+from finetune.data.clips import Clip, ClipEncoder, cut_clips, training_batches
+from finetune.data.interleaver import TextTokens
+from finetune.data.manifest import read_manifest
+from finetune.distributed import Process, start, stop, wait_for_all
+from finetune.run_dir import Metrics, create_run_dir, log_to_file, refuse_existing, start_logging
+from finetune.trainer import Parts, Trainer
+from inference.stream import read_recording
+from moshi_ttt.building import WeightFiles, build_model
+from moshi_ttt.integration import context_line, describe
+from moshi_ttt.loading import find_base, load_mimi, load_tokenizer
+from moshi_ttt.parameters import set_trainable
+from moshi_ttt.warm_start import find_warm_start
+
+logger = logging.getLogger(__name__)
+
+
+def read_clips(config: TrainConfig) -> tuple[list[Clip], list[Clip]]:
+    """Training and validation clips; every file is checked before anything is built or written."""
+    train = cut_clips(read_manifest(config.data.train, config.data.root), config.duration_sec)
+    valid: list[Clip] = []
+    if config.data.valid is not None:
+        valid = cut_clips(read_manifest(config.data.valid, config.data.root), config.duration_sec)
+    return train, valid[: config.eval.max_clips]
+
+
+def build_parts(config: TrainConfig, valid_clips: list[Clip], process: Process) -> Parts:
+    """Load or make everything that a run needs, and choose what trains."""
+    settings = config.settings
+    base = find_base(settings.model)
+    weights = WeightFiles()
+    if config.init_from is not None:
+        warm = find_warm_start(config.init_from, settings)
+        logger.info("initial weights: %s", warm.description)
+        weights = warm.weights
+    torch.manual_seed(config.seed)  # new LoRA and TTT weights are the same in every process
+    model = build_model(settings, base, process.device, weights)
+    logger.info("%s", context_line(model))
+    counts = set_trainable(model, config.mode)
+    total = sum(p.numel() for p in model.parameters())
+    trained = ", ".join(f"{group} {count:,}" for group, count in counts.items()) or "nothing"
+    logger.info("mode %s trains %s of %s parameters", config.mode, trained, f"{total:,}")
+    mimi = load_mimi(base, process.device)
+    tokenizer = load_tokenizer(base)
+    encoder = ClipEncoder(
+        mimi,
+        tokenizer,
+        TextTokens.of(model),
+        config.duration_sec,
+        config.data.main_speaker if config.data.keep_main_only else None,
+    )
+    prompt = None
+    if config.eval.prompt is not None:
+        prompt = read_recording(config.eval.prompt, mimi.sample_rate)
+    save_base = config.mode == "full" or weights.base is not None
+    return Parts(model, base, mimi, tokenizer, encoder, valid_clips, prompt, save_base)
+
+
+def train(config: TrainConfig, process: Process) -> Path:
+    """Run a config from start to end; returns the run directory."""
+    start_logging(process.is_main)
+    run_dir = Path(config.run_dir).expanduser()
+    refuse_existing(run_dir)
+    train_clips, valid_clips = read_clips(config)
+    parts = build_parts(config, valid_clips, process)
+    metrics = None
+    wait_for_all(process)  # nobody still looks whether the run directory exists
+    if process.is_main:
+        create_run_dir(config)
+        log_to_file(run_dir / "train.log")
+        logger.info("%d training clips, %d validation clips", len(train_clips), len(valid_clips))
+        logger.info("layers:\n%s", describe(parts.model))
+        metrics = Metrics(run_dir, config)
+    batches = training_batches(
+        parts.encoder,
+        train_clips,
+        config.batch_size,
+        config.seed,
+        config.data.shuffle,
+        process.rank,
+        process.world_size,
+    )
+    trainer = Trainer(config, parts, batches, process, run_dir, metrics)
+    if config.mode == "frozen":
+        trainer.evaluate_only()
+    else:
+        trainer.train()
+    if metrics is not None:
+        metrics.close()
+        logger.info("done: %s", run_dir)
+    return run_dir
+
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")
+def main(config: DictConfig) -> None:
+    typed = to_typed(config)
+    process = start(typed.device)
+    try:
+        train(typed, process)
+    finally:
+        stop(process)
+
+
+if __name__ == "__main__":
+    main()

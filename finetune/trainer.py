@@ -1,0 +1,227 @@
+"""The training loop."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+from moshi.models.compression import MimiModel
+from moshi.models.lm import LMModel
+from moshi.models.loaders import CheckpointInfo
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from finetune.config import TrainConfig, to_plain
+from finetune.data.clips import Batch, Clip, ClipEncoder
+from finetune.distributed import Process, sum_gradients, sum_over_processes, wait_for_all
+from finetune.loss import LossWeights, WeightedTargets, loss_sums, weighted_targets
+from finetune.optimizer import Optimizer
+from finetune.run_dir import Metrics
+from finetune.validation import answer_prompt, validation_loss
+from moshi_ttt.checkpoint import save_checkpoint, saved_checkpoints
+from moshi_ttt.integration import set_activation_checkpointing
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became NaN or infinite; the run stops."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of, built and checked before its folder exists.
+
+    Args:
+        model: with the trainable parameters chosen.
+        base: the base model's files.
+        mimi, tokenizer, encoder: audio and text to codes and back.
+        valid_clips: held-out clips; empty for none.
+        prompt: a recording to answer at each evaluation `[n]`, or None.
+        save_base: whether checkpoints need all base weights.
+    """
+
+    model: LMModel
+    base: CheckpointInfo
+    mimi: MimiModel
+    tokenizer: sentencepiece.SentencePieceProcessor
+    encoder: ClipEncoder
+    valid_clips: Sequence[Clip]
+    prompt: torch.Tensor | None
+    save_base: bool
+
+
+class Trainer:
+    """Trains a model and keeps the record of it.
+
+    Args:
+        config: the run's config.
+        parts: what was built from it.
+        batches: training batches of this process, without end.
+        process: this process.
+        run_dir: the run's folder, which exists.
+        metrics: where numbers go; None on all processes but the main one.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        parts: Parts,
+        batches: Iterator[Batch],
+        process: Process,
+        run_dir: Path,
+        metrics: Metrics | None,
+    ):
+        self.config = config
+        self.parts = parts
+        self.batches = batches
+        self.process = process
+        self.run_dir = run_dir
+        self.metrics = metrics
+        self.weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
+        self.step = 0
+
+    def evaluate_only(self) -> dict[str, float]:
+        """Mode `frozen`: measure and stop."""
+        return self.evaluate()
+
+    def train(self) -> None:
+        """Run all steps, with the evaluations and checkpoints that the config asks for."""
+        config, model = self.config, self.parts.model
+        self.optimizer = Optimizer(model, config.optim, config.max_steps)
+        set_activation_checkpointing(model, config.gradient_checkpointing)
+        model.train()
+        hidden = True if not self.process.is_main else None
+        bar = tqdm(total=config.max_steps, desc="training", unit="step", disable=hidden)
+        with bar, logging_redirect_tqdm():
+            while self.step < config.max_steps:
+                values = self.train_step()
+                bar.update()
+                bar.set_postfix(loss=f"{values['loss']:.3f}", frames_s=f"{values['frames_per_s']:.0f}")
+                if self.step % config.log_every == 0 or self.step == config.max_steps:
+                    self.log_step(values)
+                if self._is_due(config.eval.every_steps):
+                    self.evaluate()
+                if self._is_due(config.checkpoint.every_steps) or self.step == config.max_steps:
+                    self.save()
+
+    def _is_due(self, every_steps: int) -> bool:
+        return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.config.max_steps)
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step; returns what is worth logging."""
+        started = time.perf_counter()
+        batches = [next(self.batches) for _ in range(self.config.num_microbatches)]
+        fetched = time.perf_counter()
+        self.optimizer.zero_grad()
+        losses = self.forward_backward(batches)
+        grad_norm = self.optimizer.clip()
+        self._require_finite(losses, grad_norm, batches)
+        rates = self.optimizer.learning_rates()
+        self.optimizer.step()
+        self.step += 1
+        text_loss, audio_loss = losses.tolist()
+        elapsed = time.perf_counter() - started
+        frames = sum(batch.codes.shape[0] * batch.codes.shape[2] for batch in batches)
+        return {
+            "loss": text_loss + audio_loss,
+            "text_loss": text_loss,
+            "audio_loss": audio_loss,
+            "grad_norm": float(grad_norm),
+            **{f"lr_{name}": rate for name, rate in rates.items()},
+            "frames_per_s": frames * self.process.world_size / elapsed,
+            "step_sec": elapsed,
+            "data_sec": fetched - started,
+        }
+
+    def forward_backward(self, batches: list[Batch]) -> torch.Tensor:
+        """Gradients of the loss over all micro-batches of all processes; returns text and audio loss, `[2]`.
+
+        Each loss is a weighted mean over all targets of the step, wherever they are computed.
+        """
+        model = self.parts.model
+        targets = [weighted_targets(model, batch.codes, self.weights) for batch in batches]
+        totals = torch.stack([t.totals() for t in targets]).sum(0)
+        totals = sum_over_processes(totals, self.process).clamp(min=1e-9)
+        losses = torch.zeros(2, device=self.process.device)
+        for batch, target in zip(batches, targets, strict=True):
+            losses += self._backward_one(batch, target, totals)
+        sum_gradients(self.optimizer.parameters, self.process)
+        return sum_over_processes(losses, self.process)
+
+    def _backward_one(self, batch: Batch, targets: WeightedTargets, totals: torch.Tensor) -> torch.Tensor:
+        losses = loss_sums(self.parts.model(batch.codes), targets) / totals.float()
+        losses.sum().backward()
+        return losses.detach()
+
+    def _require_finite(self, losses: torch.Tensor, grad_norm: torch.Tensor, batches: list[Batch]) -> None:
+        if bool(torch.isfinite(losses).all()) and math.isfinite(grad_norm):
+            return
+        saved = saved_checkpoints(self.run_dir)
+        clips = "; ".join(str(clip) for batch in batches for clip in batch.clips)
+        raise NonFiniteLossError(
+            f"step {self.step + 1}: loss {losses.tolist()} (text, audio), gradient norm {float(grad_norm)}. "
+            f"Clips of this process: {clips}. Last good checkpoint: {saved[-1] if saved else 'none yet'}. "
+            "Look at these clips, or lower the learning rates, and start again with init_from=CHECKPOINT"
+        )
+
+    def log_step(self, values: dict[str, float]) -> None:
+        """Write a training step to metrics.jsonl, wandb and the log."""
+        if self.metrics is None:
+            return
+        self.metrics.log(self.step, "train", values)
+        logger.info(
+            "step %d/%d loss %.4f (text %.4f, audio %.4f) grad norm %.3f, %.0f frames/s",
+            self.step,
+            self.config.max_steps,
+            values["loss"],
+            values["text_loss"],
+            values["audio_loss"],
+            values["grad_norm"],
+            values["frames_per_s"],
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation loss and an answer to the prompt, where the config has them."""
+        parts, config = self.parts, self.config
+        values: dict[str, float] = {}
+        if parts.valid_clips:
+            values = validation_loss(
+                parts.model, parts.encoder, parts.valid_clips, config.batch_size, self.weights, self.process
+            )
+        if self.metrics is not None and values:
+            self.metrics.log(self.step, "valid", values)
+            logger.info(
+                "step %d validation loss %.4f over %d clips",
+                self.step,
+                values["loss"],
+                len(parts.valid_clips),
+            )
+        if self.metrics is not None and parts.prompt is not None:
+            stem = self.run_dir / "answers" / f"step_{self.step:06d}"
+            result = answer_prompt(
+                parts.model, parts.mimi, parts.tokenizer, parts.prompt, config.eval.seed, stem
+            )
+            self.metrics.log_answer(self.step, result.audio, parts.mimi.sample_rate, result.text)
+            logger.info("step %d answer: %s (%s.wav)", self.step, result.text or "(no words)", stem)
+        wait_for_all(self.process)
+        return values
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.process.is_main:
+            folder = save_checkpoint(
+                self.run_dir,
+                self.step,
+                self.parts.model,
+                to_plain(self.config),
+                self.parts.base,
+                self.parts.save_base,
+                self.config.checkpoint.keep,
+            )
+            logger.info("saved %s", folder)
+        wait_for_all(self.process)

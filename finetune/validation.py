@@ -1,0 +1,72 @@
+"""What is measured while training: the validation loss, and an answer to a fixed prompt."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import sentencepiece
+import torch
+from moshi.models.compression import MimiModel
+from moshi.models.lm import LMModel
+
+from finetune.data.clips import Clip, ClipEncoder
+from finetune.distributed import Process, sum_over_processes
+from finetune.loss import LossWeights, loss_sums, weighted_targets
+from inference.stream import Answer, Sampling, answer, write_wav
+
+
+@contextmanager
+def evaluation_mode(model: LMModel) -> Iterator[None]:
+    """Evaluate without gradients, then go on as before."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+
+
+def validation_loss(
+    model: LMModel,
+    encoder: ClipEncoder,
+    clips: Sequence[Clip],
+    batch_size: int,
+    weights: LossWeights,
+    process: Process,
+) -> dict[str, float]:
+    """Loss over all clips, the same at every call for the same weights.
+
+    Returns:
+        loss, text_loss, audio_loss in nats (weighted means over all targets) and perplexity = exp(loss).
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=process.device)
+    mine = clips[process.rank :: process.world_size]
+    with evaluation_mode(model):
+        for start in range(0, len(mine), batch_size):
+            codes = encoder.encode(mine[start : start + batch_size]).codes
+            targets = weighted_targets(model, codes, weights)
+            sums[:2] += loss_sums(model(codes), targets).double()
+            sums[2:] += targets.totals()
+    text, audio, text_total, audio_total = sum_over_processes(sums, process).tolist()
+    losses = {"text_loss": text / text_total, "audio_loss": audio / audio_total}
+    loss = sum(losses.values())
+    return {"loss": loss, **losses, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def answer_prompt(
+    model: LMModel,
+    mimi: MimiModel,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    prompt: torch.Tensor,
+    seed: int,
+    stem: Path,
+) -> Answer:
+    """Let the model answer, and write STEM.wav and STEM.json."""
+    with evaluation_mode(model):
+        result = answer(model, mimi, tokenizer, prompt, Sampling(seed=seed))
+    write_wav(stem.with_suffix(".wav"), [result.audio], mimi.sample_rate)
+    content = {"text": result.text, "words": [asdict(word) for word in result.words]}
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return result

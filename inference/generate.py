@@ -1,0 +1,138 @@
+"""`python -m inference.generate checkpoint=RUN input=question.wav output=answer.wav`"""
+
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from inference.stream import Answer, Sampling, answer, read_recording, write_wav
+from moshi_ttt.checkpoint import LoadedCheckpoint, load_checkpoint
+from moshi_ttt.integration import context_line, describe
+from moshi_ttt.loading import load_mimi, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GenerateConfig:
+    """One answer to one recording."""
+
+    checkpoint: str = MISSING
+    """A run, a step or a consolidated folder. The model's settings come from it and from nowhere else."""
+
+    input: str = MISSING
+    """The user's recording: any format and rate that libsndfile reads."""
+
+    output: str = MISSING
+    """Moshi's answer, NAME.wav. NAME_stereo.wav (left Moshi, right user) and NAME.json (timed words)
+    are written beside it."""
+
+    channel: int | None = None
+    """Channel of the input that is the user, from 0. None expects a mono file."""
+
+    overwrite: bool = False
+    """Replace outputs that exist."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+
+    device: str = "auto"
+    """cuda, cpu, or auto: cuda where there is one."""
+
+    verify: str = "cached"
+    """full reads the base model's files again to check their SHA-256; cached trusts what is remembered."""
+
+
+ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+
+
+def output_files(output: str) -> tuple[Path, Path, Path]:
+    """Paths of the answer, the stereo recording and the words.
+
+    Raises:
+        ValueError: the output is not named .wav.
+    """
+    path = Path(output).expanduser()
+    if path.suffix != ".wav":
+        raise ValueError(f"output must be named .wav, got {output}")
+    return path, path.with_name(f"{path.stem}_stereo.wav"), path.with_suffix(".json")
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a config's word means."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda; got {device!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or install a driver")
+    return torch.device(device)
+
+
+def generate(config: GenerateConfig) -> Answer:
+    """Restore the checkpoint, answer the input, write the files."""
+    files = output_files(config.output)
+    existing = [str(path) for path in files if path.exists()]
+    if existing and not config.overwrite:
+        raise ValueError(f"{', '.join(existing)} exists; choose another output or set overwrite=true")
+    device = choose_device(config.device)
+    loaded = load_checkpoint(config.checkpoint, device, config.verify)
+    mimi = load_mimi(loaded.base, device)
+    recording = read_recording(config.input, mimi.sample_rate, config.channel)
+    logger.info("checkpoint: %s, step %d", loaded.folder, loaded.manifest["step"])
+    logger.info("%s", context_line(loaded.model, inference=True))
+    logger.info("live layers:\n%s", describe(loaded.model))
+    started = time.perf_counter()
+    result = answer(
+        loaded.model, mimi, load_tokenizer(loaded.base), recording, config.sampling, progress=True
+    )
+    elapsed = time.perf_counter() - started
+    _write(files, result, recording, mimi.sample_rate, config, loaded)
+    seconds = recording.shape[0] / mimi.sample_rate
+    logger.info("answered %.2f s in %.2f s (%.2f x real time)", seconds, elapsed, seconds / elapsed)
+    logger.info("Moshi: %s", result.text or "(no words)")
+    logger.info("wrote %s", ", ".join(map(str, files)))
+    return result
+
+
+def _write(
+    files: tuple[Path, Path, Path],
+    result: Answer,
+    recording: torch.Tensor,
+    sample_rate: int,
+    config: GenerateConfig,
+    loaded: LoadedCheckpoint,
+) -> None:
+    mono, stereo, words = files
+    write_wav(mono, [result.audio], sample_rate)
+    write_wav(stereo, [result.audio, recording], sample_rate)
+    content = {
+        "text": result.text,
+        "words": [asdict(word) for word in result.words],
+        "frames": result.frames,
+        "checkpoint": str(loaded.folder),
+        "step": loaded.manifest["step"],
+        "sampling": asdict(config.sampling),
+    }
+    words.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="generate")
+def main(config: DictConfig) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}; give them as {missing[0]}=VALUE")
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, GenerateConfig)
+    generate(typed)
+
+
+if __name__ == "__main__":
+    main()
