@@ -13,12 +13,11 @@ export NO_TORCH_COMPILE := 1
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+demo: RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: .venv/.installed
-	$(BIN)/python -m finetune.train experiment=demo run_dir=runs/demo-$(shell date +%Y%m%d-%H%M%S)
-	$(BIN)/python -m inference.generate \
-	  checkpoint=$$(ls -d runs/demo-* | tail -n 1) \
-	  input=sample_data/audio/dialogue_1.flac channel=1 \
-	  output=$$(ls -d runs/demo-* | tail -n 1)/answer.wav
+	$(BIN)/python -m finetune.train experiment=demo run_dir=$(RUN)
+	$(BIN)/python -m inference.generate checkpoint=$(RUN) output=$(RUN)/answer.wav \
+	  input=sample_data/audio/dialogue_1.flac channel=1 sampling.temp=0.3 sampling.temp_text=0.3
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

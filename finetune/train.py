@@ -12,6 +12,7 @@ from finetune.data.clips import Clip, ClipEncoder, cut_clips, training_batches
 from finetune.data.interleaver import TextTokens
 from finetune.data.manifest import read_manifest
 from finetune.distributed import Process, start, stop, wait_for_all
+from finetune.plot import plot_losses
 from finetune.run_dir import Metrics, create_run_dir, log_to_file, refuse_existing, start_logging
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
@@ -91,11 +92,14 @@ def train(config: TrainConfig, process: Process) -> Path:
     )
     trainer = Trainer(config, parts, batches, process, run_dir, metrics)
     if config.mode == "frozen":
-        trainer.evaluate_only()
+        trainer.evaluate()
     else:
         trainer.train()
     if metrics is not None:
         metrics.close()
+        logger.info(
+            "losses: %s", plot_losses(run_dir, f"{run_dir.name}: {config.mode} on {config.model.source}")
+        )
         logger.info("done: %s", run_dir)
     return run_dir
 

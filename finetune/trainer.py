@@ -85,10 +85,6 @@ class Trainer:
         self.weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
         self.step = 0
 
-    def evaluate_only(self) -> dict[str, float]:
-        """Mode `frozen`: measure and stop."""
-        return self.evaluate()
-
     def train(self) -> None:
         """Run all steps, with the evaluations and checkpoints that the config asks for."""
         config, model = self.config, self.parts.model
@@ -102,7 +98,7 @@ class Trainer:
                 values = self.train_step()
                 bar.update()
                 bar.set_postfix(loss=f"{values['loss']:.3f}", frames_s=f"{values['frames_per_s']:.0f}")
-                if self.step % config.log_every == 0 or self.step == config.max_steps:
+                if self.step % config.log_every == 0 or self.step in (1, config.max_steps):
                     self.log_step(values)
                 if self._is_due(config.eval.every_steps):
                     self.evaluate()

@@ -1,5 +1,6 @@
 """A Moshi transformer layer with a TTT layer between its attention and its feed-forward block."""
 
+import abc
 import logging
 import math
 from contextlib import ExitStack
@@ -17,20 +18,20 @@ logger = logging.getLogger(__name__)
 _OFF = 30.0  # sigmoid(30) is exactly 1 in float32
 
 
-class Gate(Float32Module):
+class Gate(Float32Module, abc.ABC):
     """How much of the TTT output enters the residual stream, per channel. float32, always."""
 
     def __init__(self, dim: int, initial: float):
         super().__init__()
         self.alpha = nn.Parameter(torch.full((dim,), initial))
 
+    @abc.abstractmethod
     def ttt_weight(self) -> torch.Tensor:
         """Effective weight of the TTT output, `[C]`."""
-        raise AssertionError("a Gate is a ResidualGate or a ConvexGate")
 
+    @abc.abstractmethod
     def forward(self, x: torch.Tensor, update: torch.Tensor, ttt_out: torch.Tensor) -> torch.Tensor:
         """Join x, attention's update a and the TTT output m, all `[B, T, C]`."""
-        raise AssertionError("a Gate is a ResidualGate or a ConvexGate")
 
 
 class ResidualGate(Gate):
