@@ -216,16 +216,14 @@ def test_a_run_directory_that_exists_is_left_alone(tmp_path):
     assert [(path.name, path.read_text()) for path in run_dir.iterdir()] == [("notes.txt", "mine")]
 
 
-@pytest.mark.parametrize(
-    "override", ["optim.learning_rate=1", "steps=3", "+steps=3", "ttt.heads=3", "wandb.key=x"]
-)
+@pytest.mark.parametrize("override", ["optim.learning_rate=1", "steps=3", "ttt.heads=3", "wandb.key=x"])
 def test_a_key_that_no_config_has(override):
-    key = override.split("=")[0].split(".")[-1].removeprefix("+")
+    key = override.split("=")[0].split(".")[-1]
     with pytest.raises(HydraException, match=key):
         compose_config(*TINY, "run_dir=x", override)
 
 
-@pytest.mark.parametrize("override", ["+optim.learning_rate=1", "+ttt.heads=3", "+wandb.key=x"])
+@pytest.mark.parametrize("override", ["+steps=3", "+optim.learning_rate=1", "+wandb.key=x"])
 def test_a_plus_does_not_let_an_unknown_key_in(tmp_path, override):
     refused(tmp_path, override.split("=")[0].removeprefix("+").split(".")[-1], override)
 

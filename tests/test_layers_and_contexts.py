@@ -218,6 +218,11 @@ def test_describe_names_every_layer_with_its_kind_context_and_gate(build):
         ({"scan_checkpoint_group_size": -1}, "ttt.scan_checkpoint_group_size must be at least 0"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_with_what_they_should_be(build, settings, message):
+def test_settings_that_cannot_work_are_refused_with_what_they_should_be(settings, message):
     with pytest.raises(ValueError, match=message):
-        build(**settings)
+        TTTConfig(**settings).validate()
+
+
+def test_a_model_is_not_built_with_settings_that_cannot_work(build):
+    with pytest.raises(ValueError, match="ttt.mini_batch_size must be at least 1; got 0"):
+        build(mini_batch_size=0)

@@ -30,7 +30,7 @@ from moshi_ttt.parameters import named_groups, set_trainable
 WEIGHTS = LossWeights(100.0, 0.5)
 PLAIN = ("ttt=none", "mode=lora")
 # Clips long enough for activations to outweigh gradients.
-LONGER = ("duration_sec=5.12",)
+LONGER = ("duration_sec=3.2",)
 
 
 @cache

@@ -24,6 +24,9 @@ from finetune.run_dir import Metrics, create_run_dir
 from finetune.train import build_parts, train
 from finetune.trainer import Parts, Trainer
 
+# As the processes that are started here have: the last bits of a product depend on the number of threads.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "sample_data"
 CPU = Process(0, 1, torch.device("cpu"))
