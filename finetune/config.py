@@ -1,6 +1,6 @@
 """The typed config of a training run: every field, what it means, what it must be."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -186,6 +186,13 @@ class TrainConfig:
         for name in ("duration_sec", "batch_size", "num_microbatches", "max_steps", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("lr", "ttt_lr", "gate_lr", "max_norm"):
+            if not getattr(self.optim, name) > 0:
+                raise ValueError(f"optim.{name} must be above 0, got {getattr(self.optim, name)}")
+        if not 0 < self.optim.pct_start < 1:
+            raise ValueError(f"optim.pct_start must lie between 0 and 1, got {self.optim.pct_start}")
+        if self.eval.max_clips is not None and self.eval.max_clips < 1:
+            raise ValueError(f"eval.max_clips must be at least 1, or null for all; got {self.eval.max_clips}")
         for name, value in (
             ("eval.every_steps", self.eval.every_steps),
             ("checkpoint.every_steps", self.checkpoint.every_steps),
@@ -217,10 +224,24 @@ def to_typed(config: DictConfig) -> TrainConfig:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}; give them as {missing[0]}=VALUE")
+    unknown = unknown_keys(config)
+    if unknown:
+        raise ValueError(f"unknown config keys {', '.join(unknown)}; see --help for those there are")
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, TrainConfig)
     typed.validate()
     return typed
+
+
+def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Keys that `+key=value` put beside the fields of a typed config: they would change nothing."""
+    known = {f.name for f in fields(OmegaConf.get_type(config))}  # type: ignore[arg-type]
+    unknown = [f"{prefix}{key}" for key in config if key not in known]
+    for key in known & set(config):
+        value = config[key]
+        if isinstance(value, DictConfig):
+            unknown += unknown_keys(value, f"{prefix}{key}.")
+    return sorted(unknown)
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:

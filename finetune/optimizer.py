@@ -1,5 +1,7 @@
 """AdamW with a learning rate for each group, float32 masters of bfloat16 parameters, OneCycle."""
 
+import math
+
 import torch
 from moshi.models.lm import LMModel
 from torch import nn
@@ -50,7 +52,7 @@ class Optimizer:
             self.adamw,
             max_lr=[rates[name] for name in members],
             total_steps=max_steps,
-            pct_start=config.pct_start,
+            pct_start=_usable_pct_start(config.pct_start, max_steps),
         )
 
     def zero_grad(self) -> None:
@@ -69,8 +71,14 @@ class Optimizer:
         self.adamw.step()
         for parameter, master in self.masters.items():
             parameter.copy_(master)
+            master.grad = None
         self.schedule.step()
 
     def learning_rates(self) -> dict[str, float]:
         """The current rate of each group."""
         return {name: group["lr"] for name, group in zip(self.groups, self.adamw.param_groups, strict=True)}
+
+
+def _usable_pct_start(pct_start: float, max_steps: int) -> float:
+    """OneCycle divides by pct_start x max_steps - 1; where that is 0, the rates rise a little longer."""
+    return pct_start + 1e-6 if math.isclose(pct_start * max_steps, 1) else pct_start

@@ -29,6 +29,7 @@ from moshi_ttt.integration import apply_ttt_to_model, set_activation_checkpointi
 from moshi_ttt.loading import find_lm_config, refuse_other_models
 from moshi_ttt.lora import apply_lora_to_model
 from moshi_ttt.parameters import named_groups, set_trainable
+from moshi_ttt.warm_start import holds_base_weights
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,10 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
     trainable = [p for p in model.parameters() if p.requires_grad]
     peak, flops = measure_step(model, codes, weights) if trainable else (0, 0)
-    saved = {"lora", "ttt", "gate"} | ({"base"} if config.mode == "full" else set())
+    own_base = config.mode == "full" or (
+        config.init_from is not None and holds_base_weights(config.init_from)
+    )
+    saved = {"lora", "ttt", "gate"} | ({"base"} if own_base else set())
     return Plan(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trainable),
@@ -181,12 +185,19 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     )
 
 
+def kept_checkpoints(config: TrainConfig) -> int:
+    """How many checkpoints a finished run holds; the last step always has one."""
+    every = config.checkpoint.every_steps
+    written = math.ceil(config.max_steps / every) if every else 1
+    return written if config.checkpoint.keep is None else min(written, config.checkpoint.keep)
+
+
 def plan_text(plan: Plan, config: "PlanConfig") -> str:
     """The plan for a reader, with what it assumes."""
     gpu = GPUS[config.gpu]
     step_sec = plan.flops_per_step / (config.mfu * gpu.peak_tflops * 1e12)
     hours = step_sec * config.max_steps / 3600
-    kept = config.checkpoint.keep or config.max_steps // max(1, config.checkpoint.every_steps)
+    kept = kept_checkpoints(config)
     fits = "fits" if plan.memory < 0.92 * gpu.memory_gib * GIB else "DOES NOT FIT"
     audio_hours = plan.frames_per_step * config.max_steps / FRAME_RATE / 3600
     rows = [

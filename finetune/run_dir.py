@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,11 +36,31 @@ def start_logging(is_main: bool) -> None:
     )
 
 
-def log_to_file(path: Path) -> None:
-    """Also log to a file."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    logging.getLogger().addHandler(handler)
+class RunLog:
+    """The log file of a run, with what was logged before its folder existed. Used as a context manager."""
+
+    def __init__(self):
+        self._memory = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self._file: logging.FileHandler | None = None
+
+    def __enter__(self) -> "RunLog":
+        logging.getLogger().addHandler(self._memory)
+        return self
+
+    def open(self, path: Path) -> None:
+        """Write what has been logged so far to `path`, and all that follows."""
+        self._file = logging.FileHandler(path)
+        self._file.setFormatter(logging.Formatter(LOG_FORMAT))
+        self._memory.setTarget(self._file)
+        self._memory.flush()
+        logging.getLogger().removeHandler(self._memory)
+        logging.getLogger().addHandler(self._file)
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger().removeHandler(self._memory)
+        if self._file is not None:
+            logging.getLogger().removeHandler(self._file)
+            self._file.close()
 
 
 class Metrics:

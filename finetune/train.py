@@ -13,7 +13,7 @@ from finetune.data.interleaver import TextTokens
 from finetune.data.manifest import read_manifest
 from finetune.distributed import Process, start, stop, wait_for_all
 from finetune.plot import plot_losses
-from finetune.run_dir import Metrics, create_run_dir, log_to_file, refuse_existing, start_logging
+from finetune.run_dir import Metrics, RunLog, create_run_dir, refuse_existing, start_logging
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
 from moshi_ttt.building import WeightFiles, build_model
@@ -71,36 +71,36 @@ def train(config: TrainConfig, process: Process) -> Path:
     start_logging(process.is_main)
     run_dir = Path(config.run_dir).expanduser()
     refuse_existing(run_dir)
-    train_clips, valid_clips = read_clips(config)
-    parts = build_parts(config, valid_clips, process)
-    metrics = None
-    wait_for_all(process)  # nobody still looks whether the run directory exists
-    if process.is_main:
-        create_run_dir(config)
-        log_to_file(run_dir / "train.log")
-        logger.info("%d training clips, %d validation clips", len(train_clips), len(valid_clips))
-        logger.info("layers:\n%s", describe(parts.model))
-        metrics = Metrics(run_dir, config)
-    batches = training_batches(
-        parts.encoder,
-        train_clips,
-        config.batch_size,
-        config.seed,
-        config.data.shuffle,
-        process.rank,
-        process.world_size,
-    )
-    trainer = Trainer(config, parts, batches, process, run_dir, metrics)
-    if config.mode == "frozen":
-        trainer.evaluate()
-    else:
-        trainer.train()
-    if metrics is not None:
-        metrics.close()
-        logger.info(
-            "losses: %s", plot_losses(run_dir, f"{run_dir.name}: {config.mode} on {config.model.source}")
+    with RunLog() as log:
+        train_clips, valid_clips = read_clips(config)
+        parts = build_parts(config, valid_clips, process)
+        metrics = None
+        wait_for_all(process)  # nobody still looks whether the run directory exists
+        if process.is_main:
+            create_run_dir(config)
+            log.open(run_dir / "train.log")
+            logger.info("%d training clips, %d validation clips", len(train_clips), len(valid_clips))
+            logger.info("layers:\n%s", describe(parts.model))
+            metrics = Metrics(run_dir, config)
+        batches = training_batches(
+            parts.encoder,
+            train_clips,
+            config.batch_size,
+            config.seed,
+            config.data.shuffle,
+            process.rank,
+            process.world_size,
         )
-        logger.info("done: %s", run_dir)
+        trainer = Trainer(config, parts, batches, process, run_dir, metrics)
+        if config.mode == "frozen":
+            trainer.evaluate()
+        else:
+            trainer.train()
+        if metrics is not None:
+            metrics.close()
+            title = f"{run_dir.name}: {config.mode} on {config.model.source}"
+            logger.info("losses: %s", plot_losses(run_dir, title))
+            logger.info("done: %s", run_dir)
     return run_dir
 
 

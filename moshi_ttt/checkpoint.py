@@ -125,7 +125,10 @@ def save_checkpoint(
     Returns:
         The consolidated folder.
     """
+    assert keep is None or keep >= 1
     final = checkpoint_step_folder(run_dir, step)
+    if final.exists():
+        raise ValueError(f"checkpoint {final} exists; a step is saved once")
     temporary = final.with_name(f"tmp.{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     folder = temporary / "consolidated"
@@ -149,8 +152,6 @@ def save_checkpoint(
     }
     _write_json(folder / MANIFEST, manifest | {"self_sha256": _self_digest(manifest)})
     _sync([*folder.iterdir(), folder, temporary])
-    if final.exists():
-        raise ValueError(f"checkpoint {final} exists; a step is saved once")
     temporary.rename(final)
     _sync([final.parent])
     if keep is not None:
@@ -216,6 +217,8 @@ def verify_files(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error}); use another checkpoint") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{folder / MANIFEST} is damaged (no object); use another checkpoint")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(

@@ -142,7 +142,7 @@ def ttt_layer_indices(layers: str, num_layers: int) -> list[int]:
     indices: set[int] = set()
     for part in key.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(
                 f'ttt.layers must be "all", "middle", "none" or indices like "15,16,31" or "8-23"; '
                 f"got {layers!r}"

@@ -23,7 +23,7 @@ class Gate(Float32Module, abc.ABC):
 
     def __init__(self, dim: int, initial: float):
         super().__init__()
-        self.alpha = nn.Parameter(torch.full((dim,), initial))
+        self.alpha = nn.Parameter(torch.full((dim,), float(initial)))
 
     @abc.abstractmethod
     def ttt_weight(self) -> torch.Tensor:

@@ -1,13 +1,15 @@
 """A small Moshi, Mimi and tokenizer with random weights, on disk in the hub's layout and key names.
 
-Everything that loads the real models loads these by the same code. Weights come from a fixed seed, so two
-machines with the same torch release make the same files.
+Everything that loads the real models loads these by the same code. Weights come from a fixed seed and are
+made on one thread, so the same torch release on the same kind of processor makes the same files.
 """
 
 import json
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +141,7 @@ def tiny_model_folder() -> Path:
 
 def write_tiny_model(folder: Path) -> None:
     """Write config.json, Moshi, Mimi and the tokenizer to an existing folder."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():  # sums depend on how they are split over threads
         torch.manual_seed(_SEED)
         moshi = get_moshi_lm(None, lm_kwargs=LM_CONFIG, device="cpu", dtype=torch.float32)
         mimi = get_mimi(None, MIMI_CONFIG, num_codebooks=MIMI_CONFIG["quantizer"]["n_q"])
@@ -156,6 +158,16 @@ def write_tiny_model(folder: Path) -> None:
         "tokenizer_name": TEXT_TOKENIZER_NAME,
     }
     (folder / "config.json").write_text(json.dumps(LM_CONFIG | names, indent=2))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def hub_key_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -272,6 +272,8 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
     @torch.no_grad()
     def _step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
         """One frame `[B, 1, C]` of every row's stream."""
+        # What a resting row is fed must not reach its slots: 0 x NaN would reach its weights when they fold.
+        x = torch.where(state.exec_mask[:, None, None], x, 0)
         out = inner_step(
             *self.project(x, state.position[:, None], state.norm),
             self._nets(state.position),

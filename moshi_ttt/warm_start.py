@@ -12,6 +12,7 @@ from moshi_ttt.checkpoint import (
     MOSHI_CONFIG,
     find_checkpoint,
     read_training_config,
+    saved_checkpoints,
     verify_files,
     weight_paths,
 )
@@ -46,6 +47,15 @@ def find_warm_start(path: str, settings: ModelSettings) -> WarmStart:
         if (candidate / MOSHI_CONFIG).is_file() and not (candidate / "checkpoint.json").is_file():
             return _from_moshi_finetune(candidate, settings)
     return _from_checkpoint(find_checkpoint(folder), settings)
+
+
+def holds_base_weights(path: str) -> bool:
+    """Whether a run that starts from `path` has base weights of its own, to save with every checkpoint."""
+    folder = Path(path).expanduser()
+    if not (folder / BASE_WEIGHTS).is_file() and not (folder / "consolidated" / BASE_WEIGHTS).is_file():
+        saved = saved_checkpoints(folder)
+        return bool(saved) and (saved[-1] / "consolidated" / BASE_WEIGHTS).is_file()
+    return True
 
 
 def _from_checkpoint(folder: Path, settings: ModelSettings) -> WarmStart:

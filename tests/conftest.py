@@ -23,7 +23,7 @@ from moshi_ttt.lora import LoRAConfig
 from moshi_ttt.parameters import named_groups
 from moshi_ttt.ttt_layer import TTTWrapper
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

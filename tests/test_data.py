@@ -231,6 +231,16 @@ def test_every_clip_of_a_recording_of_whole_clips_can_be_encoded(encoder, tmp_pa
     assert (encoder(1.28).encode(clips).codes[:, 1:] >= 0).all()
 
 
+@pytest.mark.parametrize("rate, extra", [(24000, 1), (44100, 1), (48000, 1), (48000, 2)])
+def test_a_recording_a_sample_longer_than_whole_clips_can_be_encoded(encoder, tmp_path, rate, extra):
+    # The rest may be less than a sample at Mimi's rate.
+    samples = np.tile(dialogue(1), (3, 1))[: round(8.96 * rate) + extra]
+    clips = cut_clips(read_manifest(write_recording(tmp_path, samples, rate)), 1.28)
+    codes = encoder(1.28).encode(clips).codes
+    assert codes.shape[0] in (7, 8)
+    assert (codes[:, 1:, 0] >= 0).all()
+
+
 def test_a_list_that_rounds_a_duration_up_gives_no_clip_without_audio(encoder, tmp_path):
     # Lists with rounded durations are accepted (0.1 s), here 12.8 s of audio called 12.85 s.
     jsonl = write_recording(tmp_path, dialogue(1)[: 24 * 12800])

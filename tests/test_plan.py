@@ -122,6 +122,13 @@ def test_activation_checkpointing_lowers_the_peak_and_costs_compute():
     assert recompute.flops_per_step > 1.1 * keep.flops_per_step
 
 
+@pytest.mark.parametrize("enable", [True, False])
+def test_activation_checkpointing_is_of_both_transformers(build, enable):
+    model = build()
+    set_activation_checkpointing(model, enable)
+    assert (model.transformer.checkpointing, model.depformer.checkpointing) == (enable, enable)
+
+
 def test_twice_the_clips_need_twice_the_activations():
     one, two, four = (plan(f"batch_size={clips}", *LONGER, *PLAIN) for clips in (1, 2, 4))
     assert 1.7 < (four.step_peak - two.step_peak) / (two.step_peak - one.step_peak) < 2.3
@@ -180,7 +187,8 @@ def test_a_plan_says_whether_it_fits():
 
 def test_a_plan_says_what_it_assumes():
     text = plan_text(
-        made_up(10), plan_config("gpu=l4", "gpus=2", "mfu=0.5", "max_steps=3600", "checkpoint.keep=3")
+        made_up(10),
+        plan_config("gpu=l4", "gpus=2", "mfu=0.5", "max_steps=3600", "checkpoint.every_steps=100"),
     )
     assert text.startswith("Plan for 2 x l4, 1.28 s x 2 clips")
     # 1000 TFLOP at half of 121 TFLOP/s are 16.53 s.

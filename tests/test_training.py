@@ -28,7 +28,7 @@ from training import (
 from finetune.config import OptimConfig, to_typed
 from finetune.data.clips import cut_clips
 from finetune.data.manifest import read_manifest
-from finetune.loss import LossWeights
+from finetune.loss import LossWeights, loss_sums, weighted_targets
 from finetune.optimizer import Optimizer
 from finetune.run_dir import Metrics
 from finetune.train import build_parts, train
@@ -110,6 +110,11 @@ def test_the_validation_loss_is_a_function_of_the_weights(tmp_path):
     assert validation_loss(*arguments, 4, weights, CPU) == first
     # The weighted mean over all targets, so the batch size does not enter.
     assert validation_loss(*arguments, 1, weights, CPU) == pytest.approx(first, rel=1e-5)
+    with torch.no_grad():
+        codes = parts.encoder.encode(clips).codes
+        targets = weighted_targets(parts.model, codes, weights)
+        expected = loss_sums(parts.model(codes), targets).double() / targets.totals()
+    assert [first["text_loss"], first["audio_loss"]] == pytest.approx(expected.tolist(), rel=1e-5)
     assert first["loss"] == first["text_loss"] + first["audio_loss"]
     assert first["perplexity"] == math.exp(first["loss"])
     with torch.no_grad():
@@ -139,6 +144,11 @@ def test_mode_frozen_measures_and_leaves_the_model_alone(tmp_path):
     fresh = Trainer(config, parts, iter(()), CPU, tmp_path, None).evaluate()
     assert fresh == {name: measured[name] for name in fresh}
     assert all(torch.equal(p, before[name]) for name, p in parts.model.named_parameters())
+
+
+def test_a_run_that_measures_nothing_is_a_run(tmp_path):
+    run_dir = run(tmp_path / "run", "mode=frozen", "data.valid=null")
+    assert (run_dir / "metrics.jsonl").read_text() == ""
 
 
 def test_metrics_say_what_a_step_did(tmp_path):

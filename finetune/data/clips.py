@@ -45,7 +45,7 @@ def cut_clips(recordings: Sequence[Recording], duration_sec: float) -> list[Clip
     return [
         Clip(recording, float(np.float32(index * duration_sec)))
         for recording in recordings
-        for index in range(math.ceil(recording.duration_sec / duration_sec))
+        for index in range(math.ceil(round(recording.duration_sec / duration_sec, 6)))
     ]
 
 

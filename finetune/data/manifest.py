@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import sphn
 from tqdm import tqdm
 
 DURATION_TOLERANCE_SEC = 0.1
@@ -52,7 +53,10 @@ def read_manifest(jsonl: str | Path, root: str | Path | None = None) -> list[Rec
         raise ValueError(f"data list {jsonl} does not exist; expected a jsonl file")
     base = jsonl.parent.resolve()
     inside = base if root is None else Path(root).expanduser().resolve()
-    lines = jsonl.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = jsonl.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data list {jsonl} is not UTF-8 text ({error})") from error
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise ValueError(f"data list {jsonl} is empty; expected a line for each recording")
@@ -81,7 +85,7 @@ def _read_entry(where: str, line: str, base: Path, inside: Path) -> Recording:
     actual = _check_audio(where, path)
     if abs(actual - duration) > DURATION_TOLERANCE_SEC:
         raise ValueError(f"{where}: duration says {duration} s, {path} has {actual:.3f} s; correct the list")
-    return Recording(path, float(duration), _read_words(path, actual))
+    return Recording(path, actual, _read_words(path, actual))
 
 
 def _check_audio(where: str, path: Path) -> float:
@@ -100,7 +104,24 @@ def _check_audio(where: str, path: Path) -> float:
         for block in soundfile.blocks(path, blocksize=1 << 20):
             if not np.isfinite(block).all():
                 raise ValueError(f"{where}: {path} holds NaN or infinite samples; repair or remove it")
-    return info.frames / info.samplerate
+    duration_sec = info.frames / info.samplerate
+    _check_last_second(where, path, duration_sec)
+    return duration_sec
+
+
+def _check_last_second(where: str, path: Path, duration_sec: float) -> None:
+    """Read the end of a file as clips are read: shows a file cut short, and formats unknown to sphn."""
+    start = max(0.0, duration_sec - 1.0)
+    try:
+        samples, rate = sphn.read(str(path), start_sec=start, duration_sec=1.0)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{where}: {path} cannot be read ({error}); repair it or convert it to wav"
+        ) from error
+    if samples.shape[0] != 2 or samples.shape[1] == 0:
+        raise ValueError(f"{where}: {path} cannot be decoded to stereo samples; convert it to wav or flac")
+    if samples.shape[1] / rate < duration_sec - start - DURATION_TOLERANCE_SEC:
+        raise ValueError(f"{where}: {path} ends before the {duration_sec:.3f} s that its header promises")
 
 
 def _read_words(audio: Path, duration_sec: float) -> tuple[Word, ...]:
