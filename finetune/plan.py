@@ -79,7 +79,8 @@ class Plan:
         parameters, trainable: counts.
         weights: bytes of all parameters.
         optimizer: AdamW's two moments and the float32 masters of bfloat16 parameters.
-        step_peak: most bytes alive during a forward and backward pass: activations, gradients, temporaries.
+        step_peak: most bytes alive beside weights and optimiser state in a step: activations, gradients,
+            temporaries.
         flops_per_step: on one GPU, recomputation included.
         checkpoint: bytes of one checkpoint.
         frames_per_step: on all GPUs.
@@ -146,15 +147,18 @@ def build_on_meta(config: TrainConfig) -> LMModel:
     return model.train()
 
 
-def measure_step(model: LMModel, codes: torch.Tensor, weights: LossWeights) -> tuple[int, int]:
-    """Peak of the live bytes, and FLOPs, of one forward and backward pass; works on any device.
+def measure_step(
+    model: LMModel, codes: torch.Tensor, weights: LossWeights, num_microbatches: int = 1
+) -> tuple[int, int]:
+    """Peak of the live bytes of a step, and FLOPs of one of its passes; works on any device.
 
-    Gradients are left behind as a training step leaves them.
+    From the second micro-batch on, the gradients of those before lie beside the activations.
     """
     memory = LiveBytes()
     memory.ignore((*model.parameters(), *model.buffers(), codes))
     with memory:
-        loss_sums(model(codes), weighted_targets(model, codes, weights)).sum().backward()
+        for _ in range(min(num_microbatches, 2)):
+            loss_sums(model(codes), weighted_targets(model, codes, weights)).sum().backward()
     # A pass of its own: torch's counter keeps what activation checkpointing recomputes alive.
     with FlopCounterMode(display=False) as flops:
         loss_sums(model(codes), weighted_targets(model, codes, weights)).sum().backward()
@@ -168,7 +172,13 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     codes = torch.zeros(config.batch_size, model.num_codebooks, frames, dtype=torch.long, device="meta")
     weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    peak, flops = measure_step(model, codes, weights) if trainable else (0, 0)
+    peak = flops = 0
+    if trainable:
+        peak, flops = measure_step(model, codes, weights, config.num_microbatches)
+    # While masters are updated, their float32 gradients lie beside the parameters'.
+    update_peak = sum(
+        p.numel() * (p.element_size() + (0 if p.dtype == torch.float32 else 4)) for p in trainable
+    )
     own_base = config.mode == "full" or (
         config.init_from is not None and holds_base_weights(config.init_from)
     )
@@ -178,7 +188,7 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
         trainable=sum(p.numel() for p in trainable),
         weights=sum(p.numel() * p.element_size() for p in model.parameters()),
         optimizer=sum((8 if p.dtype == torch.float32 else 12) * p.numel() for p in trainable),
-        step_peak=peak,
+        step_peak=max(peak, update_peak),
         flops_per_step=flops * config.num_microbatches,
         checkpoint=sum(p.numel() * p.element_size() for g, _, p in named_groups(model) if g in saved),
         frames_per_step=config.batch_size * config.num_microbatches * frames * gpus,

@@ -144,11 +144,12 @@ def test_ttt_costs_compute_and_memory():
     assert hybrid.parameters > without.parameters
 
 
-def test_micro_batches_cost_compute_and_no_memory():
-    one, four = plan(), plan("num_microbatches=4")
+def test_micro_batches_cost_compute_and_at_most_the_gradients():
+    one, two, four = plan(), plan("num_microbatches=2"), plan("num_microbatches=4")
     assert four.flops_per_step == 4 * one.flops_per_step
     assert four.frames_per_step == 4 * one.frames_per_step == 4 * 2 * 16
-    assert four.step_peak == one.step_peak
+    # The gradients of the first micro-batch lie beside the activations of the others.
+    assert one.step_peak < two.step_peak == four.step_peak <= one.step_peak + 4 * one.trainable
 
 
 def test_gpus_share_the_data_and_not_the_model():

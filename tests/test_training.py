@@ -21,6 +21,7 @@ from training import (
     run,
     tiny_config,
     train_here,
+    trained_parts,
     write_prompt,
     write_recording,
 )
@@ -201,6 +202,12 @@ def test_gradient_checkpointing_changes_no_gradient(random_codes, tmp_path, mode
     assert kept["loss"] == again["loss"]
     assert kept_gradients.keys() == again_gradients.keys()
     assert all(torch.equal(kept_gradients[name], gradient) for name, gradient in again_gradients.items())
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_gradient_checkpointing_is_what_the_config_says(tmp_path, on):
+    model = trained_parts(tmp_path / "run", f"gradient_checkpointing={str(on).lower()}", "max_steps=1").model
+    assert (model.transformer.checkpointing, model.depformer.checkpointing) == (on, on)
 
 
 def test_bfloat16_trains_with_float32_inner_weights(tmp_path):
