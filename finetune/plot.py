@@ -28,7 +28,8 @@ def plot_losses(run_dir: Path, title: str) -> Path:
         axis.set_ylabel(f"{part.removesuffix('_loss')} loss (nats, weighted mean)")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.suptitle(title)
     path = run_dir / "loss.png"
     figure.savefig(path, dpi=120)

@@ -18,6 +18,10 @@ from finetune.data.manifest import Recording
 REMEMBERED_CLIPS = 4096
 
 
+# A rest shorter than this behind the last whole clip is rounding, or less than a sample of Mimi's rate.
+NO_CLIP_SEC = 1e-4
+
+
 @dataclass(frozen=True)
 class Clip:
     """`duration_sec` seconds of a recording from `start_sec`; the last clip of a recording is shorter."""
@@ -45,7 +49,7 @@ def cut_clips(recordings: Sequence[Recording], duration_sec: float) -> list[Clip
     return [
         Clip(recording, float(np.float32(index * duration_sec)))
         for recording in recordings
-        for index in range(math.ceil(round(recording.duration_sec / duration_sec, 6)))
+        for index in range(math.ceil((recording.duration_sec - NO_CLIP_SEC) / duration_sec))
     ]
 
 
