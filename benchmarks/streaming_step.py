@@ -72,11 +72,12 @@ def measure(num_heads: int) -> dict[str, float]:
     with ttt.streaming(1), layer.streaming(1):
         state = ttt._streaming_state
         assert state is not None
+        parts = (*state.inner.weights, *state.pending.inputs, *state.pending.grads)
         works: dict[str, Callable[[], Any]] = {
             "layer": lambda: layer(x),
             "ttt": lambda: wrapper(x),
             "projections": lambda: (ttt.wq(x), ttt.wk(x), ttt.wv(x), ttt.wo(joined)),
-            "state": lambda: [weight.sum() for weight in state.inner.weights],
+            "state": lambda: [part.sum() for part in parts],
         }
         rounds = [_round(works) for _ in range(MINI_BATCH + ROUNDS)][MINI_BATCH:]
     result = {name: statistics.median(r[name] for r in rounds) for name in works}

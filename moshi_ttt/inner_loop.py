@@ -132,29 +132,23 @@ def gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
-def first_layer(q: torch.Tensor, k: torch.Tensor, state: InnerWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of the first inner layer for queries and keys `[N, T, D]`, in one pass over its weights."""
-    z = torch.baddbmm(state.biases[0], torch.cat((q, k), dim=1), state.weights[0])
-    return z[:, : q.shape[1]], z[:, q.shape[1] :]
-
-
 def inputs_and_grads(
-    k: torch.Tensor, z: torch.Tensor, target: torch.Tensor, state: InnerWeights, norm: InnerNorm
+    k: torch.Tensor, target: torch.Tensor, state: InnerWeights, norm: InnerNorm
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """X and G of every layer for keys `[N, T, D]` whose first layer gives z, at the weights of `state`."""
-    inputs, outputs = [k], [z]
-    for weight, bias in zip(state.weights[1:], state.biases[1:], strict=True):
-        inputs.append(gelu(outputs[-1]))
+    """X and G of every layer for keys `[N, T, D]`, at the weights of `state`."""
+    inputs, outputs = [k], []
+    for index, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True)):
         outputs.append(torch.baddbmm(bias, inputs[-1], weight))
+        if index + 1 < len(state.weights):
+            inputs.append(gelu(outputs[-1]))
     grads = [layer_norm_l2_grad(outputs[-1], target, norm)]
     for weight, hidden in zip(reversed(state.weights[1:]), reversed(outputs[:-1]), strict=True):
-        grads.append(gelu_backward(grads[-1] @ weight.transpose(1, 2), hidden))
+        grads.append(gelu_backward(torch.bmm(grads[-1], weight.transpose(1, 2)), hidden))
     return inputs, grads[::-1]
 
 
 def answer(
     q: torch.Tensor,
-    z: torch.Tensor,
     eta: torch.Tensor,
     inputs: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
@@ -164,19 +158,17 @@ def answer(
     """Outputs for queries `[N, T, D]`, each with its own weights W(t), without forming them.
 
     Args:
-        z: first layer's output for q at the weights of `state`.
         eta: `[N, T, S]`, step size that token s contributes to the weights of token t; 0 hides it.
         inputs, grads: X and G of the S tokens, for every layer.
     """
     x = q
-    for index in range(len(state.weights)):
+    for index, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True)):
         if index > 0:
-            x = gelu(z)
-            z = torch.baddbmm(state.biases[index], x, state.weights[index])
+            x = gelu(x)
         # eta (x X^T + 1): the 1 is the input of the bias.
-        steps = torch.addcmul(eta, x @ inputs[index].transpose(1, 2), eta)
-        z = torch.baddbmm(z, steps, grads[index], alpha=-1)
-    return q + layer_norm(z, norm)
+        steps = torch.addcmul(eta, torch.bmm(x, inputs[index].transpose(1, 2)), eta)
+        x = torch.baddbmm(torch.baddbmm(bias, x, weight), steps, grads[index], alpha=-1)
+    return q + layer_norm(x, norm)
 
 
 def fold(
@@ -202,10 +194,9 @@ def _dual_mini_batch(
 ) -> tuple[torch.Tensor, InnerWeights]:
     """One mini-batch of at most K tokens: outputs `[N, T, D]` and the weights after its last token."""
     length = q.shape[1]
-    z_q, z_k = first_layer(q, k, state)
-    inputs, grads = inputs_and_grads(k, z_k, target, state, norm)
+    inputs, grads = inputs_and_grads(k, target, state, norm)
     eta = step_scale[:length, :length] * lr[:, None, :]
-    out = answer(q, z_q, eta, inputs, grads, state, norm)
+    out = answer(q, eta, inputs, grads, state, norm)
     return out, fold(inputs, grads, eta[:, -1], state)
 
 
@@ -288,11 +279,10 @@ def inner_step(
     Returns:
         `[N, 1, D]`. The caller advances the positions and calls `fold_finished`.
     """
-    z_q, z_k = first_layer(q, k, state)
-    inputs, grads = inputs_and_grads(k, z_k, target, state, norm)
+    inputs, grads = inputs_and_grads(k, target, state, norm)
     pending.write(position, inputs, grads, lr)
     eta = step_scale[position] * pending.lr
-    return answer(q, z_q, eta[:, None], pending.inputs, pending.grads, state, norm)
+    return answer(q, eta[:, None], pending.inputs, pending.grads, state, norm)
 
 
 def fold_finished(
@@ -303,11 +293,13 @@ def fold_finished(
     Args:
         finished: where the last token of a mini-batch has just been done, `[N]`.
     """
-    step = finished[:, None] * step_scale[-1] * pending.lr
+    # Masked on both sides: what a resting row was fed may be NaN, which a product with 0 would keep.
+    counts = finished[:, None, None]
+    step = (step_scale[-1] * pending.lr)[..., None]
     for x, g, weight, bias in zip(pending.inputs, pending.grads, state.weights, state.biases, strict=True):
-        scaled = step[..., None] * g
+        scaled = torch.where(counts, step * g, 0)
         # One fused pass over the weights: they are the largest thing that streaming moves.
-        weight.baddbmm_(x.transpose(1, 2), scaled, alpha=-1)
+        weight.baddbmm_(torch.where(counts, x, 0).transpose(1, 2), scaled, alpha=-1)
         bias.sub_(scaled.sum(dim=1, keepdim=True))
 
 

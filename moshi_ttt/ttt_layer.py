@@ -239,7 +239,8 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         state = self._streaming_state
         if state is not None:
             assert x.shape[0] == state.batch_size, f"streaming {state.batch_size} rows, got {x.shape[0]}"
-            return torch.cat([self._step(frame, state) for frame in x.split(1, dim=1)], dim=1)
+            frames = [self._step(frame, state) for frame in x.split(1, dim=1)]
+            return frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)
         batch_size = x.shape[0]
         norm = self.norm(batch_size)
         positions = torch.arange(x.shape[1], device=x.device)[None] % self.mini_batch_size
@@ -272,8 +273,6 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
     @torch.no_grad()
     def _step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
         """One frame `[B, 1, C]` of every row's stream."""
-        # What a resting row is fed must not reach its slots: 0 x NaN would reach its weights when they fold.
-        x = torch.where(state.exec_mask[:, None, None], x, 0)
         out = inner_step(
             *self.project(x, state.position[:, None], state.norm),
             self._nets(state.position),
