@@ -114,3 +114,9 @@ def streaming_tensors() -> Callable[[LMModel], dict[str, torch.Tensor]]:
         return {key: tensor for name, state in states for key, tensor in walk(name, state)}
 
     return streaming_tensors
+
+
+@pytest.fixture
+def trained(tiny_base, perturb):
+    """Builds a model whose LoRA and TTT parameters are not the initial ones."""
+    return lambda settings: perturb(build_model(settings, tiny_base), "lora", "ttt", "gate")

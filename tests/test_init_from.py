@@ -5,36 +5,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from lora_models import LORA, PLAIN, TTT, logits, settings_of
 from safetensors.torch import load_file, save_file
 
-from moshi_ttt.building import ModelSettings, build_model
+from moshi_ttt.building import build_model
 from moshi_ttt.checkpoint import save_checkpoint
-from moshi_ttt.config import TTTConfig
 from moshi_ttt.integration import live_settings
-from moshi_ttt.loading import ModelConfig
 from moshi_ttt.lora import LoRAConfig
 from moshi_ttt.warm_start import find_warm_start
-
-LORA = LoRAConfig(enable=True, rank=4, scaling=3.0)
-PLAIN = TTTConfig(enable=False)
-TTT = TTTConfig(layers="1,2", mini_batch_size=4, gate_init=0.5)
-
-
-def settings_of(lora=LORA, ttt=PLAIN):
-    return ModelSettings(ModelConfig("tiny"), "float32", lora, ttt)
-
-
-@torch.no_grad()
-def logits(model):
-    torch.manual_seed(3)
-    out = model(torch.randint(0, 256, (1, 17, 9)))
-    return torch.cat((out.logits.nan_to_num().flatten(), out.text_logits.flatten()))
-
-
-@pytest.fixture
-def trained(tiny_base, perturb):
-    """Builds a model whose LoRA and TTT parameters are not the initial ones."""
-    return lambda settings: perturb(build_model(settings, tiny_base), "lora", "ttt", "gate")
 
 
 def test_a_run_starts_from_a_checkpoint_with_another_context(tiny_base, trained, tmp_path):

@@ -5,37 +5,15 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from lora_models import LORA, PLAIN, TTT, logits, settings_of
 from moshi.models.loaders import CheckpointInfo, get_moshi_lm
 from moshi.modules.lora import LoRALinear
 from torch import nn
 
-from moshi_ttt.building import ModelSettings, build_model
+from moshi_ttt.building import build_model
 from moshi_ttt.checkpoint import save_checkpoint
-from moshi_ttt.config import TTTConfig
 from moshi_ttt.integration import ttt_layers
-from moshi_ttt.loading import ModelConfig
 from moshi_ttt.lora import LoRAConfig, apply_lora_to_model, lora_modules
-
-LORA = LoRAConfig(enable=True, rank=4, scaling=3.0)
-PLAIN = TTTConfig(enable=False)
-TTT = TTTConfig(layers="1,2", mini_batch_size=4, gate_init=0.5)
-
-
-def settings_of(lora=LORA, ttt=PLAIN):
-    return ModelSettings(ModelConfig("tiny"), "float32", lora, ttt)
-
-
-@torch.no_grad()
-def logits(model):
-    torch.manual_seed(3)
-    out = model(torch.randint(0, 256, (1, 17, 9)))
-    return torch.cat((out.logits.nan_to_num().flatten(), out.text_logits.flatten()))
-
-
-@pytest.fixture
-def trained(tiny_base, perturb):
-    """Builds a model whose LoRA and TTT parameters are not the initial ones."""
-    return lambda settings: perturb(build_model(settings, tiny_base), "lora", "ttt", "gate")
 
 
 def test_lora_starts_as_the_identity(tiny_base):
