@@ -1,6 +1,5 @@
 """A model from its settings: base Moshi, then LoRA, then TTT, each with weights of a checkpoint or fresh."""
 
-import logging
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from moshi_ttt.config import TTTConfig
 from moshi_ttt.integration import apply_ttt_to_model, ttt_layers
 from moshi_ttt.loading import DTYPES, ModelConfig, load_moshi
 from moshi_ttt.lora import LoRAConfig, apply_lora_to_model, lora_modules
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -17,7 +17,7 @@ the weights of its last token.
 * `inner_loop` is the dual form: whole mini-batches at once, no W(t) is ever formed. Training uses it.
 * `inner_step` is the primal form for one token, for streaming. It keeps the sums over s as their factors
   X, G and lr: less memory to move than the sums themselves, as a mini-batch has fewer tokens than a head is
-  wide. `fold` adds them to the weights at the end of a mini-batch.
+  wide. `fold_finished` adds them to the weights at the end of a mini-batch.
 
 Everything here is float32 (or float64 in tests): see `InnerWeights`.
 """

@@ -1,7 +1,6 @@
 """Starting a run from the weights of another: a checkpoint of ours, or one of moshi-finetune."""
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from moshi_ttt.checkpoint import (
     weight_paths,
 )
 from moshi_ttt.loading import base_fingerprint, find_base
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
