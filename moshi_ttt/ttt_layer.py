@@ -25,8 +25,11 @@ from moshi_ttt.inner_loop import (
     layer_norm,
     step_scale,
 )
+from moshi_ttt.projection import Projection
 
 logger = logging.getLogger(__name__)
+
+_NORM_EPS = 1e-12  # as F.normalize has it
 
 
 def keep_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -106,10 +109,10 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         self.checkpoint_group_size = config.scan_checkpoint_group_size
         self.inner_dims = self._inner_dims(head_dim, config)
         width = num_heads * head_dim
-        self.wq = nn.Linear(dim, width)
-        self.wk = nn.Linear(dim, width)
-        self.wv = nn.Linear(dim, width)
-        self.wo = nn.Linear(width, dim)
+        self.wq = Projection(dim, width)
+        self.wk = Projection(dim, width)
+        self.wv = Projection(dim, width)
+        self.wo = Projection(width, dim)
         self.post_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.learnable_ttt_lr_weight = nn.Parameter(torch.empty(num_heads, dim))
         self.learnable_ttt_lr_bias = nn.Parameter(torch.empty(num_heads))
@@ -197,13 +200,14 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, H * D]` in the model's dtype to `[B, H, T, D]` in the inner state's."""
-        x = x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        x = x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
         return x.to(self.ttt_norm_weight.dtype)
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotary embedding (adjacent pairs) of `[B, H, T, D]` by positions `[B or 1, T]`."""
         rotation = torch.view_as_complex(self.rope[positions])[:, None]
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+        pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * rotation).flatten(-2)
 
     def project(
         self, x: torch.Tensor, positions: torch.Tensor, norm: InnerNorm
@@ -218,7 +222,8 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             q, k, target `[N, T, D]` and the inner learning rate `[N, T]`, N = B * H, all float32.
         """
         qk = self._heads(torch.cat((self.wq(x), self.wk(x)), dim=-1))
-        q, k = self._rotate(F.normalize(qk, dim=-1), positions).chunk(2, dim=1)
+        qk = qk / torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp_min(_NORM_EPS)
+        q, k = self._rotate(qk, positions).chunk(2, dim=1)
         q, k = q.flatten(0, 1), k.flatten(0, 1)
         target = self._heads(self.wv(x)).flatten(0, 1) - k
         if self.normalize_target:
@@ -282,12 +287,20 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             state.step_scale,
         )
         state.position.add_(state.exec_mask)
-        finished = state.position == self.mini_batch_size
-        # On a GPU, asking would stall the stream and break graph capture; there the fold always runs.
-        if x.device.type != "cpu" or bool(finished.any()):
-            fold_finished(self._nets(finished), state.inner, state.pending, state.step_scale)
-            state.position.masked_fill_(finished, 0)
+        self._finish_mini_batches(state)
         return self._output(out, x.dtype)
+
+    def _finish_mini_batches(self, state: TTTState) -> None:
+        finished = state.position == self.mini_batch_size
+        if state.position.device.type == "cpu":
+            # On a GPU, asking would stall the stream and break graph capture; there the fold always runs.
+            if not finished.any():
+                return
+            nets = None if finished.all() else self._nets(finished)
+        else:
+            nets = self._nets(finished)
+        fold_finished(nets, state.inner, state.pending, state.step_scale)
+        state.position.masked_fill_(finished, 0)
 
 
 class TTTLinear(TTTBase):

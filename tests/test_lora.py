@@ -14,6 +14,7 @@ from moshi_ttt.building import build_model
 from moshi_ttt.checkpoint import save_checkpoint
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.lora import LoRAConfig, apply_lora_to_model, lora_modules
+from moshi_ttt.projection import Projection
 
 
 def test_lora_starts_as_the_identity(tiny_base):
@@ -32,7 +33,7 @@ def test_lora_wraps_every_linear_layer_of_moshi_and_none_of_ttt(tiny_base):
     for _, layer in ttt_layers(model):
         block = layer.seq_modeling_block
         assert lora_modules(block) == []
-        assert type(block.ttt_layer.ttt.wq) is nn.Linear
+        assert type(block.ttt_layer.ttt.wq) is Projection
         assert isinstance(layer.original_layer.self_attn.in_projs[0], LoRALinear)
     ours = {id(m) for _, layer in ttt_layers(model) for m in layer.seq_modeling_block.modules()}
     ours |= {id(m) for _, lora in lora_modules(model) for m in (lora.lora_A, lora.lora_B, lora.frozen_W)}
