@@ -12,7 +12,8 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from inference.stream import Answer, Sampling, answer, read_recording, write_wav
+from inference.session import restore_stream, save_session, session_identity
+from inference.stream import Answer, Sampling, converse, open_stream, read_recording, write_wav
 from moshi_ttt.checkpoint import LoadedCheckpoint, load_checkpoint
 from moshi_ttt.integration import context_line, describe
 from moshi_ttt.loading import load_mimi, load_tokenizer
@@ -41,6 +42,14 @@ class GenerateConfig:
     """Replace outputs that exist."""
 
     sampling: Sampling = field(default_factory=Sampling)
+
+    session_in: str | None = None
+    """Go on with the conversation of this session file; `input` is what the user says next. Checkpoint,
+    sampling and device are those that the session was saved with."""
+
+    session_out: str | None = None
+    """Do not end the conversation, but save it in this session file. The answer then ends with the last
+    frame that is complete; the rest comes with the part that follows."""
 
     device: str = "auto"
     """cuda, cpu, or auto: cuda where there is one."""
@@ -78,7 +87,9 @@ def choose_device(device: str) -> torch.device:
 def generate(config: GenerateConfig) -> Answer:
     """Restore the checkpoint, answer the input, write the files."""
     files = output_files(config.output)
-    existing = [str(path) for path in files if path.exists()]
+    session_out = None if config.session_out is None else Path(config.session_out).expanduser()
+    written = files if session_out is None else (*files, session_out)
+    existing = [str(path) for path in written if path.exists()]
     if existing and not config.overwrite:
         raise ValueError(f"{', '.join(existing)} exists; choose another output or set overwrite=true")
     device = choose_device(config.device)
@@ -88,34 +99,43 @@ def generate(config: GenerateConfig) -> Answer:
     logger.info("checkpoint: %s, step %d", loaded.folder, loaded.manifest["step"])
     logger.info("%s", context_line(loaded.model, inference=True))
     logger.info("live layers:\n%s", describe(loaded.model))
+    tokenizer = load_tokenizer(loaded.base)
+    identity = session_identity(loaded, config.sampling)
     started = time.perf_counter()
-    result = answer(
-        loaded.model, mimi, load_tokenizer(loaded.base), recording, config.sampling, progress=True
-    )
+    with open_stream(loaded.model, mimi, config.sampling) as stream:
+        if config.session_in is not None:
+            restore_stream(config.session_in, stream, identity)
+        start_sec = stream.answered / mimi.frame_rate
+        result = converse(stream, tokenizer, recording, session_out is None, progress=True)
+        if result.frames == 0:
+            raise ValueError(f"input {config.input} is shorter than a frame; give more of it at once")
+        if session_out is not None:
+            save_session(session_out, stream, identity)
     elapsed = time.perf_counter() - started
-    _write(files, result, recording, mimi.sample_rate, config, loaded)
+    _write(files, result, start_sec, mimi.sample_rate, config, loaded)
     seconds = recording.shape[0] / mimi.sample_rate
     logger.info("answered %.2f s in %.2f s (%.2f x real time)", seconds, elapsed, seconds / elapsed)
     logger.info("Moshi: %s", result.text or "(no words)")
-    logger.info("wrote %s", ", ".join(map(str, files)))
+    logger.info("wrote %s", ", ".join(map(str, written)))
     return result
 
 
 def _write(
     files: tuple[Path, Path, Path],
     result: Answer,
-    recording: torch.Tensor,
+    start_sec: float,
     sample_rate: int,
     config: GenerateConfig,
     loaded: LoadedCheckpoint,
 ) -> None:
     mono, stereo, words = files
     write_wav(mono, [result.audio], sample_rate)
-    write_wav(stereo, [result.audio, recording], sample_rate)
+    write_wav(stereo, [result.audio, result.user], sample_rate)
     content = {
         "text": result.text,
         "words": [asdict(word) for word in result.words],
         "frames": result.frames,
+        "start_sec": start_sec,
         "checkpoint": str(loaded.folder),
         "step": loaded.manifest["step"],
         "sampling": asdict(config.sampling),

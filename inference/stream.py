@@ -1,7 +1,9 @@
 """Moshi answering a recording, frame by frame through Mimi and LMGen."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +54,13 @@ class Answer:
 
     Args:
         audio: samples at Mimi's rate, as many as the recording has, in [-1, 1].
-        words: the inner monologue.
-        frames: frames streamed.
+        user: the user's samples at the same times.
+        words: the inner monologue; times in seconds from the start of `audio`.
+        frames: frames that Moshi spoke.
     """
 
     audio: torch.Tensor
+    user: torch.Tensor
     words: list[TimedWord] = field(default_factory=list)
     frames: int = 0
 
@@ -101,6 +105,134 @@ def write_wav(path: Path, channels: list[torch.Tensor], sample_rate: int) -> Non
     soundfile.write(path, torch.stack(channels, dim=1).numpy(), sample_rate, subtype="PCM_16")
 
 
+@dataclass
+class Frame:
+    """One frame of Moshi's side of a conversation.
+
+    Args:
+        tokens: text and Moshi's codebooks, `[1, 1 + dep_q, 1]`.
+        audio: samples `[frame_size]`, on the CPU.
+    """
+
+    tokens: torch.Tensor
+    audio: torch.Tensor
+
+
+class Stream:
+    """A conversation under way: the user's samples in, Moshi's frames out. `open_stream` makes it.
+
+    What is needed to go on with it later is its attributes and the streaming states of `lm_gen`, its model
+    and `mimi`.
+
+    Args:
+        lm_gen (LMGen): streaming.
+        mimi (MimiModel): streaming, on the same device.
+        seed (int): of the noise that tokens are drawn with.
+    Attributes:
+        frames (int): frames of the user that Moshi has heard.
+        unanswered (torch.Tensor): the user's samples `[n]` from the first that no frame of Moshi's has
+            answered yet, on the CPU: less than one frame, and `max_delay - 1` that it has heard already.
+        noise (dict[str, torch.Tensor]): states of the random generators by type of device. They are the
+            stream's own: what else draws random numbers in the process neither disturbs it nor is disturbed.
+    """
+
+    def __init__(self, lm_gen: LMGen, mimi: MimiModel, seed: int):
+        # As in all of Moshi's models; what follows the first step relies on it.
+        assert lm_gen.max_delay >= 1, f"max_delay {lm_gen.max_delay}"
+        self.lm_gen = lm_gen
+        self.mimi = mimi
+        self.frames = 0
+        self.unanswered = torch.zeros(0)
+        with self._fork_noise():
+            torch.manual_seed(seed)
+            self.noise = self._global_noise()
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_gen.lm_model.device
+
+    @property
+    def answered(self) -> int:
+        """Frames that Moshi has spoken."""
+        return max(0, self.frames - (self.lm_gen.max_delay - 1))
+
+    def hear(self, samples: torch.Tensor) -> Iterator[Frame]:
+        """Take samples of the user `[n]`, any number, and give the frames of Moshi that they complete.
+
+        What is left of a frame waits for more. Samples are heard as the frames are taken.
+        """
+        self.unanswered = torch.cat((self.unanswered, samples.cpu()))
+        size = self.mimi.frame_size
+        while True:
+            waiting = self.frames - self.answered
+            if self.unanswered.shape[0] < (waiting + 1) * size:
+                return
+            tokens = self._hear_frame(self.unanswered[waiting * size : (waiting + 1) * size])
+            if tokens is not None:
+                self.unanswered = self.unanswered[size:]
+                yield Frame(tokens, self.mimi.decode(tokens[:, 1:])[0, 0].cpu())
+
+    def finish(self) -> Iterator[Frame]:
+        """Moshi's frames for all that is unanswered: silence follows. Nothing can be heard after it."""
+        left, size = self.unanswered.shape[0], self.mimi.frame_size
+        frames = -(-left // size) + self.lm_gen.max_delay - 1 if left else 0
+        yield from self.hear(torch.zeros(max(0, frames * size - left)))
+
+    def _hear_frame(self, samples: torch.Tensor) -> torch.Tensor | None:
+        """Tokens of Moshi's next complete frame, after a frame of the user `[frame_size]`.
+
+        LMGen's first step sees initial tokens in place of the user's, so the first frame is given twice: from
+        then on frame t of the user meets frame t of Moshi, as in training. Moshi's codebooks of one frame are
+        complete `max_delay` steps later.
+        """
+        codes = self.mimi.encode(samples.to(self.device)[None, None])
+        if self.frames == 0:
+            first = self._step(codes)
+            assert first is None
+        self.frames += 1
+        return self._step(codes)
+
+    def _step(self, codes: torch.Tensor) -> torch.Tensor | None:
+        with self._fork_noise():
+            torch.set_rng_state(self.noise["cpu"])
+            if "cuda" in self.noise:
+                torch.cuda.set_rng_state(self.noise["cuda"], self.device)
+            tokens = self.lm_gen.step(codes)
+            self.noise = self._global_noise()
+        return tokens
+
+    def _global_noise(self) -> dict[str, torch.Tensor]:
+        noise = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            noise["cuda"] = torch.cuda.get_rng_state(self.device)
+        return noise
+
+    def _fork_noise(self) -> AbstractContextManager[None]:
+        """Leave the process's random generators as they were."""
+        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+
+
+@contextmanager
+def open_stream(model: LMModel, mimi: MimiModel, sampling: Sampling) -> Iterator[Stream]:
+    """A new conversation. Without gradients; the process's random generators are left as they were.
+
+    Args:
+        model: in evaluation mode, not streaming.
+        mimi: the codec, not streaming, on the same device.
+        sampling: how tokens are drawn.
+    """
+    lm_gen = LMGen(
+        model,
+        use_sampling=sampling.use_sampling,
+        temp=sampling.temp,
+        temp_text=sampling.temp_text,
+        top_k=sampling.top_k,
+        top_k_text=sampling.top_k_text,
+    )
+    with torch.no_grad(), mimi.streaming(1), lm_gen.streaming(1):
+        yield Stream(lm_gen, mimi, sampling.seed)
+
+
 def answer(
     model: LMModel,
     mimi: MimiModel,
@@ -121,52 +253,42 @@ def answer(
         sampling: how tokens are drawn.
         progress: show a bar with the real-time factor.
     """
-    frame_size = mimi.frame_size
-    num_frames = -(-recording.shape[0] // frame_size)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(sampling.seed)
-        lm_gen = LMGen(
-            model,
-            use_sampling=sampling.use_sampling,
-            temp=sampling.temp,
-            temp_text=sampling.temp_text,
-            top_k=sampling.top_k,
-            top_k_text=sampling.top_k_text,
-        )
-        audio, text_tokens = [], []
-        with mimi.streaming(1), lm_gen.streaming(1):
-            steps = _steps(lm_gen, mimi, recording.to(model.device), num_frames)
-            for tokens in tqdm(
-                steps, total=num_frames, desc="answering", unit="frame", disable=None if progress else True
-            ):
-                text_tokens.append(int(tokens[0, 0, 0]))
-                audio.append(mimi.decode(tokens[:, 1:])[0, 0].cpu())
-    assert len(audio) == num_frames
-    samples = torch.cat(audio)[: recording.shape[0]].clamp(-1, 1)
-    padding = {model.text_padding_token_id, model.end_of_text_padding_id}
-    return Answer(samples, timed_words(text_tokens, tokenizer, padding, mimi.frame_rate), num_frames)
+    with open_stream(model, mimi, sampling) as stream:
+        return converse(stream, tokenizer, recording, progress=progress)
 
 
-def _steps(
-    lm_gen: LMGen, mimi: MimiModel, recording: torch.Tensor, num_frames: int
-) -> Iterator[torch.Tensor]:
-    """Moshi's tokens `[1, 1 + dep_q, 1]` of each frame of the recording.
+def converse(
+    stream: Stream,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    recording: torch.Tensor,
+    last: bool = True,
+    progress: bool = False,
+) -> Answer:
+    """Let Moshi hear a recording, or the next part of one, and collect what it answers.
 
-    LMGen's first step sees initial tokens in place of the user's, so the first frame is given twice: from
-    then on frame t of the user meets frame t of Moshi, as in training. Moshi's codebooks of one frame are
-    complete `max_delay` steps later.
+    Args:
+        stream: the conversation.
+        tokenizer: for the text.
+        recording: the user's samples `[n]` at Mimi's rate.
+        last: nothing follows, so the answer is as long as the recording. False answers what frames are
+            complete; the rest is answered with the part that follows.
+        progress: show a bar with the real-time factor.
     """
-    frame_size = mimi.frame_size
-    for step in range(num_frames + lm_gen.max_delay):
-        frame = step - 1
-        if frame != 0:
-            samples = recording[max(frame, 0) * frame_size : (max(frame, 0) + 1) * frame_size]
-            samples = torch.nn.functional.pad(samples, (0, frame_size - samples.shape[0]))
-            codes = mimi.encode(samples[None, None])
-        tokens = lm_gen.step(codes)
-        if tokens is not None:
-            yield tokens
+    user = torch.cat((stream.unanswered, recording))
+    mimi, model = stream.mimi, stream.lm_gen.lm_model
+    frames = chain(stream.hear(recording), stream.finish() if last else ())
+    total = -(-user.shape[0] // mimi.frame_size)
+    audio, text_tokens = [torch.zeros(0)], []
+    for frame in tqdm(
+        frames, total=total, desc="answering", unit="frame", disable=None if progress else True
+    ):
+        text_tokens.append(int(frame.tokens[0, 0, 0]))
+        audio.append(frame.audio)
+    assert len(text_tokens) == total or not last
+    samples = torch.cat(audio)[: user.shape[0]].clamp(-1, 1)
+    padding = {model.text_padding_token_id, model.end_of_text_padding_id}
+    words = timed_words(text_tokens, tokenizer, padding, mimi.frame_rate)
+    return Answer(samples, user[: samples.shape[0]], words, len(text_tokens))
 
 
 def timed_words(

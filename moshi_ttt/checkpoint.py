@@ -151,9 +151,9 @@ def save_checkpoint(
         "torch": torch.__version__,
     }
     _write_json(folder / MANIFEST, manifest | {"self_sha256": _self_digest(manifest)})
-    _sync([*folder.iterdir(), folder, temporary])
+    sync([*folder.iterdir(), folder, temporary])
     temporary.rename(final)
-    _sync([final.parent])
+    sync([final.parent])
     if keep is not None:
         for old in saved_checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old)
@@ -198,7 +198,8 @@ def _self_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(paths: Iterable[Path]) -> None:
+def sync(paths: Iterable[Path]) -> None:
+    """Wait until files and folders are on the disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:

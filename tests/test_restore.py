@@ -284,14 +284,14 @@ def test_streaming_meets_the_user_in_the_frames_that_training_does(hybrid, tiny_
     mimi, tokenizer = load_mimi(tiny_base, "cpu"), load_tokenizer(tiny_base)
     recording = torch.from_numpy(dialogue(4)[14400 : 14400 + 40 * 1920 - 700, 1].copy())
     tokens = []
-    steps = stream._steps
+    hear = stream.Stream.hear
 
     def listening(*arguments):
-        for frame in steps(*arguments):
-            tokens.append(frame.clone())
+        for frame in hear(*arguments):
+            tokens.append(frame.tokens.clone())
             yield frame
 
-    monkeypatch.setattr(stream, "_steps", listening)
+    monkeypatch.setattr(stream.Stream, "hear", listening)
     result = answer(hybrid, mimi, tokenizer, recording, Sampling(use_sampling=False))
     assert result.frames == len(tokens) == 40
     moshi = torch.cat(tokens, dim=2)  # [1, 9, 40]
