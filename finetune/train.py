@@ -17,7 +17,7 @@ from finetune.run_dir import Metrics, RunLog, create_run_dir, refuse_existing, s
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
 from moshi_ttt.building import WeightFiles, build_model
-from moshi_ttt.integration import context_line, describe
+from moshi_ttt.integration import context_line, describe, verify_contexts, verify_ttt_layers
 from moshi_ttt.loading import find_base, load_mimi, load_tokenizer
 from moshi_ttt.parameters import set_trainable
 from moshi_ttt.warm_start import find_warm_start
@@ -45,6 +45,8 @@ def build_parts(config: TrainConfig, valid_clips: list[Clip], process: Process) 
         weights = warm.weights
     torch.manual_seed(config.seed)  # new LoRA and TTT weights are the same in every process
     model = build_model(settings, base, process.device, weights)
+    verify_ttt_layers(model, settings.ttt)
+    verify_contexts(model, settings.ttt)
     logger.info("%s", context_line(model))
     counts = set_trainable(model, config.mode)
     total = sum(p.numel() for p in model.parameters())

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from moshi_ttt.building import ModelSettings, WeightFiles, build_model
 from moshi_ttt.digest import sha256
-from moshi_ttt.integration import live_contexts, ttt_layers, verify_ttt_layers
+from moshi_ttt.integration import live_contexts, ttt_layers, verify_contexts, verify_ttt_layers
 from moshi_ttt.loading import base_fingerprint, find_base
 from moshi_ttt.parameters import named_groups
 
@@ -285,7 +285,7 @@ def load_checkpoint(
         raise ValueError(f"{folder} was trained with TTT but holds no {TTT_WEIGHTS}")
     model = build_model(settings, base, device, weights)
     verify_ttt_layers(model, settings.ttt)
-    _verify_contexts(model, settings)
+    verify_contexts(model, settings.ttt)
     return LoadedCheckpoint(model, base, config, manifest, folder)
 
 
@@ -297,15 +297,4 @@ def _verify_base(folder: Path, manifest: dict[str, Any], base: CheckpointInfo, f
                 f"{folder} was trained on another base model: the {name} file of "
                 f"{manifest['base']['source']} has SHA-256 {found[name][:12]}, expected {digest[:12]}. Set "
                 "model.revision to the one it was trained on, or restore the original files"
-            )
-
-
-def _verify_contexts(model: LMModel, settings: ModelSettings) -> None:
-    live = live_contexts(model)
-    wanted = {True: settings.ttt.ttt_layer_context, False: settings.ttt.non_ttt_layer_context}
-    for kind, context in wanted.items():
-        if context is not None and any(c != context for c in live[kind]):
-            raise ValueError(
-                f"the config asks for attention context {context} in {'TTT' if kind else 'other'} layers, "
-                f"the live modules have {sorted(set(live[kind]))}"
             )

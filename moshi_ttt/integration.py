@@ -82,6 +82,7 @@ def apply_ttt_to_model(model: LMModel, config: TTTConfig) -> LMModel:
         total = sum(layer.seq_modeling_block.ttt_layer.ttt.inner_parameters for _, layer in ttt_layers(model))
         logger.info("TTT layers: %s; inner parameters: %s in %d layers", indices, f"{total:,}", len(indices))
     set_attention_context(model, config.ttt_layer_context, config.non_ttt_layer_context)
+    verify_contexts(model, config)
     model.transformer.register_forward_pre_hook(refuse_large_chunks)
     return model
 
@@ -97,6 +98,24 @@ def verify_ttt_layers(model: LMModel, config: TTTConfig) -> None:
             f"the config asks for TTT layers {expected} of {num_layers}, the live model has {live} and "
             f"{kinds.count(False)} other layers"
         )
+
+
+def verify_contexts(model: LMModel, config: TTTConfig) -> None:
+    """Raise ValueError unless every live attention context is the one that `config` asks for.
+
+    A context that the config leaves open is the host's.
+    """
+    for index, is_ttt, attention in temporal_attentions(model):
+        name = "ttt_layer_context" if is_ttt else "non_ttt_layer_context"
+        asked = config.ttt_layer_context if is_ttt else config.non_ttt_layer_context
+        expected = model.context if asked is None else asked
+        if attention.context != expected:
+            source = "which is the host's context of" if asked is None else "which asks for"
+            raise ValueError(
+                f"temporal layer {index} has a live attention context of {attention.context} frames; the "
+                f"config has ttt.{name}={'null' if asked is None else asked}, {source} {expected} frames. "
+                "Change the config, or whatever set the context after the model was built"
+            )
 
 
 def set_attention_context(
@@ -183,8 +202,12 @@ def live_settings(model: LMModel) -> dict[str, Any]:
 
 
 def describe(model: LMModel) -> str:
-    """A table of every temporal layer: kind, live context, TTT settings, gate, parameters."""
-    rows = [("layer", "kind", "context", "seconds", "TTT", "gate", "parameters")]
+    """A table of every temporal layer: kind, live context, TTT depth and settings, gate, parameters.
+
+    depth: linear layers of the inner network. TTT: heads x widths of the inner network, mini-batch size and
+    inner learning rate. gate: its kind and the mean weight that it gives to the TTT output.
+    """
+    rows = [("layer", "kind", "context", "seconds", "depth", "TTT", "gate", "parameters")]
     for index, is_ttt, attention in temporal_attentions(model):
         layer = model.transformer.layers[index]
         context = attention.context
@@ -207,13 +230,14 @@ def describe(model: LMModel) -> str:
 
 
 @torch.no_grad()
-def _ttt_columns(layer: nn.Module) -> tuple[str, str]:
+def _ttt_columns(layer: nn.Module) -> tuple[str, str, str]:
     if not isinstance(layer, HybridStreamingTransformerLayer):
-        return "-", "-"
+        return "-", "-", "-"
     ttt, gate = layer.seq_modeling_block.ttt_layer.ttt, layer.seq_modeling_block.gate
     dims = "-".join(map(str, ttt.inner_dims))
     kind = type(gate).__name__.removesuffix("Gate").lower()
     return (
+        str(len(ttt.inner_weights)),
         f"{ttt.num_heads} x {dims}, K {ttt.mini_batch_size}, lr {ttt.base_lr:g}",
         f"{kind} {gate.ttt_weight().mean().item():.3f}",
     )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moshi_ttt import integration
 from moshi_ttt.config import TTTConfig, ttt_layer_indices
 from moshi_ttt.hybrid_layer import HybridStreamingTransformerLayer
 from moshi_ttt.integration import (
@@ -14,6 +15,7 @@ from moshi_ttt.integration import (
     set_attention_context,
     temporal_attentions,
     ttt_layers,
+    verify_contexts,
     verify_ttt_layers,
 )
 
@@ -173,6 +175,40 @@ def test_the_context_line_reads_the_live_modules(build):
     assert "TTT layers=7/50 (2 layers)" in context_line(model)
 
 
+def test_a_live_context_that_the_config_does_not_ask_for_is_an_error(build):
+    model = build(**CONTEXTS)
+    config = TTTConfig(layers="1,2", **CONTEXTS)
+    verify_contexts(model, config)
+    for layer, name, wanted in ((2, "ttt_layer_context", 50), (3, "non_ttt_layer_context", 100)):
+        attention = next(a for i, _, a in temporal_attentions(model) if i == layer)
+        attention.context = 7
+        message = (
+            f"temporal layer {layer} has a live attention context of 7 frames; the config has ttt.{name}="
+        )
+        with pytest.raises(ValueError, match=f"{message}{wanted}, which asks for {wanted} frames"):
+            verify_contexts(model, config)
+        attention.context = wanted
+    # Left open, it is the host's.
+    open_config = TTTConfig(layers="1,2", ttt_layer_context=50)
+    with pytest.raises(
+        ValueError, match="layer 0 .* of 100 frames; .*=null, which is the host's context of 250"
+    ):
+        verify_contexts(model, open_config)
+    verify_contexts(build(ttt_layer_context=50), open_config)
+
+
+@pytest.fixture
+def forgotten_contexts(monkeypatch):
+    """The bug of people who found out late: nothing sets the contexts."""
+    monkeypatch.setattr(integration, "set_attention_context", lambda *arguments: None)
+
+
+def test_a_model_whose_contexts_were_not_set_is_not_built(build, forgotten_contexts):
+    with pytest.raises(ValueError, match="layer 0 has a live attention context of 250 frames"):
+        build(**CONTEXTS)
+    build()
+
+
 def test_contexts_cannot_change_while_streaming(build):
     model = build()
     with model.streaming(1), pytest.raises(ValueError, match="before streaming starts"):
@@ -184,12 +220,12 @@ def test_contexts_cannot_change_while_streaming(build):
 def test_describe_names_every_layer_with_its_kind_context_and_gate(build):
     model = build(ssm_layer="ttt_mlp", gate="convex", gate_init=0.1, **CONTEXTS)
     header, _, *rows, summary = describe(model).splitlines()
-    assert header.split() == ["layer", "kind", "context", "seconds", "TTT", "gate", "parameters"]
-    assert [row.split()[:4] for row in rows] == [
-        ["0", "attention", "100", "8.0"],
-        ["1", "TTT", "50", "4.0"],
-        ["2", "TTT", "50", "4.0"],
-        ["3", "attention", "100", "8.0"],
+    assert header.split() == ["layer", "kind", "context", "seconds", "depth", "TTT", "gate", "parameters"]
+    assert [row.split()[:5] for row in rows] == [
+        ["0", "attention", "100", "8.0", "-"],
+        ["1", "TTT", "50", "4.0", "2"],
+        ["2", "TTT", "50", "4.0", "2"],
+        ["3", "attention", "100", "8.0", "-"],
     ]
     assert "4 x 32-128-32, K 4, lr 8" in rows[1]
     assert "convex 0.100" in rows[1]
