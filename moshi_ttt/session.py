@@ -106,7 +106,7 @@ def restore_session(module: StreamingModule, tensors: dict[str, torch.Tensor]) -
         if isinstance(leaf.value, torch.Tensor):
             leaf.value.copy_(tensors[name])
         elif not leaf.is_size:
-            setattr(leaf.holder, leaf.field, int(tensors[name]))
+            setattr(leaf.holder, leaf.field, tensors[name].item())
 
 
 def _refuse_other(name: str, saved: torch.Tensor, leaf: _Leaf) -> None:
