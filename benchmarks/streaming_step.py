@@ -1,11 +1,11 @@
 """What a TTT layer adds to a streaming step of Moshi 7B's size: `python -m benchmarks.streaming_step`
 
 One frame of one stream on the CPU, dimension 4096, 32 attention heads, mini-batches of 16, float32. The TTT
-layer, four `nn.Linear` of its projections' sizes and one read of its state are each timed right after a step of
-the Moshi layer, as in a model, where other layers' weights have passed through the caches in between. Figures
-are medians over rounds; the TTT layer's is the mean over positions in the mini-batch of such medians, because
-one step in 16 also folds the updates into the weights. `own_projections` times the layer's own modules, which
-on the CPU are faster than `nn.Linear` (`moshi_ttt.projection`).
+layer, four `nn.Linear` of its projections' sizes and one read of its state are each timed right after a step
+of the Moshi layer, as in a model, where other layers' weights have passed through the caches in between.
+Figures are medians over rounds; the TTT layer's is the mean over positions in the mini-batch of such medians,
+because one step in 16 also folds the updates into the weights. `own_projections` times the layer's own
+modules, which on the CPU are faster than `nn.Linear` (`moshi_ttt.projection`).
 """
 
 import json

@@ -13,9 +13,9 @@ _BLOCKS = 32
 class Projection(nn.Linear):
     """`nn.Linear`, faster for a few tokens in float32 on the CPU, as streaming has them.
 
-    Torch's matrix-vector product runs on one thread there and reaches half of the memory's bandwidth. The same
-    product in blocks of output rows is a batched one, which runs on all threads: 1.6 to 2.8 times as fast for
-    1 to 32 tokens of width 4096 on two cores.
+    Torch's matrix-vector product runs on one thread there and reaches half of the memory's bandwidth. The
+    same product in blocks of output rows is a batched one, which runs on all threads: 1.6 to 2.8 times as
+    fast for 1 to 32 tokens of width 4096 on two cores.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
