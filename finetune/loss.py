@@ -37,6 +37,13 @@ class WeightedTargets:
     audio: torch.Tensor
     audio_weight: torch.Tensor
 
+    def without(self, rows: torch.Tensor) -> "WeightedTargets":
+        """The same with no target in the rows where `rows` `[B]` is true."""
+        text, audio = (
+            weight.masked_fill(rows[:, None, None], 0) for weight in (self.text_weight, self.audio_weight)
+        )
+        return WeightedTargets(self.text, text, self.audio, audio)
+
     def totals(self) -> torch.Tensor:
         """Sum of the text and of the audio weights, `[2]`, float64."""
         return torch.stack((self.text_weight.double().sum(), self.audio_weight.double().sum()))
