@@ -81,6 +81,12 @@ def make_batches(
     order = (config.seed, config.data.shuffle, process.rank, process.world_size)
     if config.ttt.persistent_states:
         chunks = ChunkEncoder(encoder)
+        logger.info(
+            "persistent states: %d recordings in %d chunks of %d frames",
+            sum(clip.is_first for clip in clips),
+            len(clips),
+            chunks.num_frames,
+        )
         return chunk_batches(chunks, clips, config.batch_size, config.num_microbatches, *order)
     return training_batches(encoder, clips, config.batch_size, *order)
 

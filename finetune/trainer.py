@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finetune.config import TrainConfig, to_plain
+from finetune.data.chunks import ChunkEncoder
 from finetune.data.clips import Batch, Clip, ClipEncoder
 from finetune.distributed import Process, sum_gradients, sum_over_processes, wait_for_all
 from finetune.loss import (
@@ -93,7 +94,9 @@ class Trainer:
         self.weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
         self.step = 0
         self.carried: CarriedRows | None = None
+        self.valid_chunks: ChunkEncoder | None = None
         if config.ttt.persistent_states:
+            self.valid_chunks = ChunkEncoder(parts.encoder)
             self.carried = CarriedRows(parts.model, config.batch_size, config.num_microbatches)
 
     def train(self) -> None:
@@ -219,10 +222,11 @@ class Trainer:
         parts, config = self.parts, self.config
         values: dict[str, float] = {}
         if parts.valid_clips:
-            measure = carried_validation_loss if config.ttt.persistent_states else validation_loss
-            values = measure(
-                parts.model, parts.encoder, parts.valid_clips, config.batch_size, self.weights, self.process
-            )
+            rest = (parts.valid_clips, config.batch_size, self.weights, self.process)
+            if self.valid_chunks is None:
+                values = validation_loss(parts.model, parts.encoder, *rest)
+            else:
+                values = carried_validation_loss(parts.model, self.valid_chunks, *rest)
         if self.metrics is not None and values:
             self.metrics.log(self.step, "valid", values)
             logger.info(

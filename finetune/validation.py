@@ -56,7 +56,7 @@ def validation_loss(
 
 def carried_validation_loss(
     model: LMModel,
-    encoder: ClipEncoder,
+    encoder: ChunkEncoder,
     clips: Sequence[Clip],
     batch_size: int,
     weights: LossWeights,
@@ -66,7 +66,6 @@ def carried_validation_loss(
 
     The states are this measurement's own: those of the rows in training stay as they are.
     """
-    chunks = ChunkEncoder(encoder)
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)
     mine = by_recording(clips)[process.rank :: process.world_size]
     with evaluation_mode(model):
@@ -75,7 +74,7 @@ def carried_validation_loss(
             carried = fresh_state(model, len(rows))
             for step in range(max(map(len, rows))):
                 # The row of a recording that has ended gets its last chunk again, which counts for nothing.
-                codes = chunks.encode([row[min(step, len(row) - 1)] for row in rows]).codes
+                codes = encoder.encode([row[min(step, len(row) - 1)] for row in rows]).codes
                 ended = torch.tensor([step >= len(row) for row in rows], device=codes.device)
                 targets = weighted_chunk_targets(model, codes, carried, weights).without(ended)
                 output, carried = forward_chunk(model, codes, carried)
