@@ -6,6 +6,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from finetune.persistence import refuse_broken_mini_batches
 from moshi_ttt.building import ModelSettings
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.loading import ModelConfig
@@ -131,13 +132,18 @@ class TrainConfig:
     """Start from the weights of a checkpoint (ours or moshi-finetune's); all settings are this run's."""
 
     duration_sec: float = 100.0
-    """Length of a training clip."""
+    """Length of a training clip; with ttt.persistent_states=true of a chunk of a recording, which must be a
+    whole number of TTT mini-batches."""
 
     batch_size: int = 16
     """Clips on each process in one forward pass."""
 
     num_microbatches: int = 1
     """Forward passes whose gradients are added up to one step."""
+
+    max_carried_gib: float | None = None
+    """With ttt.persistent_states=true: most memory on each process for what rows carry from chunk to chunk.
+    More is an error before the run starts. None is what is free on the device once the model is there."""
 
     max_steps: int = 2000
     """Optimiser steps."""
@@ -186,6 +192,10 @@ class TrainConfig:
         for name in ("duration_sec", "batch_size", "num_microbatches", "max_steps", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.ttt.persistent_states:
+            refuse_broken_mini_batches(self.duration_sec, self.ttt.mini_batch_size if self.ttt.enable else 1)
+        if self.max_carried_gib is not None and not self.max_carried_gib > 0:
+            raise ValueError(f"max_carried_gib must be above 0, or null; got {self.max_carried_gib}")
         for name in ("lr", "ttt_lr", "gate_lr", "max_norm"):
             if not getattr(self.optim, name) > 0:
                 raise ValueError(f"optim.{name} must be above 0, got {getattr(self.optim, name)}")

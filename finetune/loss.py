@@ -6,6 +6,9 @@ import torch
 from moshi.models.lm import LMModel, LMOutput
 from torch.nn import functional as F
 
+from moshi_ttt.carried import CarriedState, chunk_steps
+from moshi_ttt.delays import scored_in_clip
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -34,25 +37,40 @@ class WeightedTargets:
     audio: torch.Tensor
     audio_weight: torch.Tensor
 
+    def without(self, rows: torch.Tensor) -> "WeightedTargets":
+        """The same with no target in the rows where `rows` `[B]` is true."""
+        text, audio = (
+            weight.masked_fill(rows[:, None, None], 0) for weight in (self.text_weight, self.audio_weight)
+        )
+        return WeightedTargets(self.text, text, self.audio, audio)
+
     def totals(self) -> torch.Tensor:
         """Sum of the text and of the audio weights, `[2]`, float64."""
         return torch.stack((self.text_weight.double().sum(), self.audio_weight.double().sum()))
 
 
 def weighted_targets(model: LMModel, codes: torch.Tensor, weights: LossWeights) -> WeightedTargets:
-    """Targets of codes `[B, 17, T]`: what the model predicts, and with which weight.
+    """Targets of whole clips `[B, 17, T]`: what `model(codes)` predicts, and with which weight."""
+    return _weigh(model, codes, scored_in_clip(model, codes), weights)
 
-    A codebook delayed by d has no target in the last d frames: its logits would need inputs beyond the clip.
-    """
+
+def weighted_chunk_targets(
+    model: LMModel, codes: torch.Tensor, carried: CarriedState, weights: LossWeights
+) -> WeightedTargets:
+    """Targets of the next chunk `[B, 17, T]` of each row's recording, in the order of `forward_chunk`."""
+    steps = chunk_steps(model, codes, carried)
+    return _weigh(model, steps.targets, steps.scored, weights)
+
+
+def _weigh(
+    model: LMModel, targets: torch.Tensor, scored: torch.Tensor, weights: LossWeights
+) -> WeightedTargets:
     first, last = model.audio_offset, model.audio_offset + model.dep_q
-    frames = torch.arange(codes.shape[-1], device=codes.device)
-    delays = torch.tensor(model.delays, device=codes.device)
-    valid = (codes != model.zero_token_id) & (frames < codes.shape[-1] - delays[:, None])
-    text, audio = codes[:, :first], codes[:, first:last]
-    text_weight = valid[:, :first].float()
+    text, audio = targets[:, :first], targets[:, first:last]
+    text_weight = scored[:, :first].float()
     padding = (text == model.text_padding_token_id) | (text == model.end_of_text_padding_id)
     text_weight = torch.where(padding, text_weight * weights.text_padding, text_weight)
-    audio_weight = valid[:, first:last].float()
+    audio_weight = scored[:, first:last].float()
     audio_weight[:, 0] *= weights.first_codebook
     return WeightedTargets(text, text_weight, audio, audio_weight)
 

@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from finetune.config import TrainConfig, to_typed
-from finetune.loss import LossWeights, loss_sums, weighted_targets
+from finetune.loss import LossWeights, loss_sums, weighted_chunk_targets, weighted_targets
 from finetune.run_dir import start_logging
+from moshi_ttt.carried import CarriedState, forward_chunk, fresh_state
 from moshi_ttt.integration import apply_ttt_to_model, set_activation_checkpointing
 from moshi_ttt.loading import find_lm_config, refuse_other_models
 from moshi_ttt.lora import apply_lora_to_model
@@ -79,11 +80,12 @@ class Plan:
         parameters, trainable: counts.
         weights: bytes of all parameters.
         optimizer: AdamW's two moments and the float32 masters of bfloat16 parameters.
-        step_peak: most bytes alive beside weights and optimiser state in a step: activations, gradients,
-            temporaries.
+        step_peak: most bytes alive beside weights, optimiser state and carried state in a step: activations,
+            gradients, temporaries.
         flops_per_step: on one GPU, recomputation included.
         checkpoint: bytes of one checkpoint.
         frames_per_step: on all GPUs.
+        carried: bytes of what the rows of all micro-batches carry from chunk to chunk.
     """
 
     parameters: int
@@ -94,10 +96,11 @@ class Plan:
     flops_per_step: int
     checkpoint: int
     frames_per_step: int
+    carried: int = 0
 
     @property
     def memory(self) -> int:
-        return self.weights + self.optimizer + self.step_peak
+        return self.weights + self.optimizer + self.carried + self.step_peak
 
 
 class LiveBytes(TorchDispatchMode):
@@ -147,34 +150,60 @@ def build_on_meta(config: TrainConfig) -> LMModel:
     return model.train()
 
 
+def run_pass(
+    model: LMModel, codes: torch.Tensor, weights: LossWeights, carried: CarriedState | None
+) -> CarriedState | None:
+    """Forward and backward of one micro-batch, and the state that it leaves."""
+    after = None
+    if carried is None:
+        losses = loss_sums(model(codes), weighted_targets(model, codes, weights))
+    else:
+        targets = weighted_chunk_targets(model, codes, carried, weights)
+        output, after = forward_chunk(model, codes, carried)
+        losses = loss_sums(output, targets)
+    losses.sum().backward()
+    return after
+
+
 def measure_step(
-    model: LMModel, codes: torch.Tensor, weights: LossWeights, num_microbatches: int = 1
+    model: LMModel,
+    codes: torch.Tensor,
+    weights: LossWeights,
+    num_microbatches: int = 1,
+    carried: CarriedState | None = None,
 ) -> tuple[int, int]:
     """Peak of the live bytes of a step, and FLOPs of one of its passes; works on any device.
 
-    From the second micro-batch on, the gradients of those before lie beside the activations.
+    From the second micro-batch on, the gradients of those before lie beside the activations. A carried state
+    is not counted, the one that a pass makes in its place is.
     """
     memory = LiveBytes()
     memory.ignore((*model.parameters(), *model.buffers(), codes))
+    memory.ignore([] if carried is None else carried.tensors())
     with memory:
         for _ in range(min(num_microbatches, 2)):
-            loss_sums(model(codes), weighted_targets(model, codes, weights)).sum().backward()
+            run_pass(model, codes, weights, carried)
     # A pass of its own: torch's counter keeps what activation checkpointing recomputes alive.
     with FlopCounterMode(display=False) as flops:
-        loss_sums(model(codes), weighted_targets(model, codes, weights)).sum().backward()
+        run_pass(model, codes, weights, carried)
     return memory.peak, flops.get_total_flops()
 
 
 def make_plan(config: TrainConfig, gpus: int) -> Plan:
     """Count what a run of `config` needs on each of `gpus` data-parallel GPUs."""
     model = build_on_meta(config)
-    frames = math.ceil(config.duration_sec * FRAME_RATE)
+    seconds_to_frames = round if config.ttt.persistent_states else math.ceil
+    frames = seconds_to_frames(config.duration_sec * FRAME_RATE)
     codes = torch.zeros(config.batch_size, model.num_codebooks, frames, dtype=torch.long, device="meta")
     weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    state, carried = None, 0
+    if config.ttt.persistent_states:
+        state = fresh_state(model, config.batch_size)
+        carried = config.num_microbatches * sum(tensor.nbytes for tensor in state.tensors())
     peak = flops = 0
     if trainable:
-        peak, flops = measure_step(model, codes, weights, config.num_microbatches)
+        peak, flops = measure_step(model, codes, weights, config.num_microbatches, state)
     # While masters are updated, their float32 gradients lie beside the parameters'.
     update_peak = sum(
         p.numel() * (p.element_size() + (0 if p.dtype == torch.float32 else 4)) for p in trainable
@@ -192,6 +221,7 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
         flops_per_step=flops * config.num_microbatches,
         checkpoint=sum(p.numel() * p.element_size() for g, _, p in named_groups(model) if g in saved),
         frames_per_step=config.batch_size * config.num_microbatches * frames * gpus,
+        carried=carried,
     )
 
 
@@ -215,6 +245,7 @@ def plan_text(plan: Plan, config: "PlanConfig") -> str:
         ("memory per GPU", f"{plan.memory / GIB:.1f} GiB of {gpu.memory_gib:g}: {fits}"),
         ("  weights", f"{plan.weights / GIB:.1f} GiB"),
         ("  optimiser state", f"{plan.optimizer / GIB:.1f} GiB"),
+        *([("  carried state", f"{plan.carried / GIB:.1f} GiB")] if plan.carried else []),
         ("  peak of a step", f"{plan.step_peak / GIB:.1f} GiB (activations, gradients, temporaries)"),
         (
             "disk",

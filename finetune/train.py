@@ -1,6 +1,7 @@
 """`python -m finetune.train experiment=demo run_dir=runs/demo`, the same under torchrun."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
@@ -8,10 +9,12 @@ import torch
 from omegaconf import DictConfig
 
 from finetune.config import TrainConfig, register, to_typed
-from finetune.data.clips import Clip, ClipEncoder, cut_clips, training_batches
+from finetune.data.chunks import ChunkEncoder, chunk_batches
+from finetune.data.clips import Batch, Clip, ClipEncoder, cut_clips, training_batches
 from finetune.data.interleaver import TextTokens
 from finetune.data.manifest import read_manifest
 from finetune.distributed import Process, start, stop, wait_for_all
+from finetune.persistence import GIB, available_bytes, refuse_oversized
 from finetune.plot import plot_losses
 from finetune.run_dir import Metrics, RunLog, create_run_dir, refuse_existing, start_logging
 from finetune.trainer import Parts, Trainer
@@ -52,6 +55,11 @@ def build_parts(config: TrainConfig, valid_clips: list[Clip], process: Process) 
     total = sum(p.numel() for p in model.parameters())
     trained = ", ".join(f"{group} {count:,}" for group, count in counts.items()) or "nothing"
     logger.info("mode %s trains %s of %s parameters", config.mode, trained, f"{total:,}")
+    if config.ttt.persistent_states:
+        limit = available_bytes(process.device)
+        if config.max_carried_gib is not None:
+            limit = int(config.max_carried_gib * GIB)
+        refuse_oversized(model, config.batch_size, config.num_microbatches, limit)
     mimi = load_mimi(base, process.device)
     tokenizer = load_tokenizer(base)
     encoder = ClipEncoder(
@@ -66,6 +74,23 @@ def build_parts(config: TrainConfig, valid_clips: list[Clip], process: Process) 
         prompt = read_recording(config.eval.prompt, mimi.sample_rate)
     save_base = config.mode == "full" or weights.base is not None
     return Parts(model, base, mimi, tokenizer, encoder, valid_clips, prompt, save_base)
+
+
+def make_batches(
+    config: TrainConfig, encoder: ClipEncoder, clips: list[Clip], process: Process
+) -> Iterator[Batch]:
+    """This process's batches without end: clips in any order, or recordings chunk by chunk."""
+    order = (config.seed, config.data.shuffle, process.rank, process.world_size)
+    if config.ttt.persistent_states:
+        chunks = ChunkEncoder(encoder)
+        logger.info(
+            "persistent states: %d recordings in %d chunks of %d frames",
+            sum(clip.is_first for clip in clips),
+            len(clips),
+            chunks.num_frames,
+        )
+        return chunk_batches(chunks, clips, config.batch_size, config.num_microbatches, *order)
+    return training_batches(encoder, clips, config.batch_size, *order)
 
 
 def train(config: TrainConfig, process: Process) -> Path:
@@ -84,15 +109,7 @@ def train(config: TrainConfig, process: Process) -> Path:
             logger.info("%d training clips, %d validation clips", len(train_clips), len(valid_clips))
             logger.info("layers:\n%s", describe(parts.model))
             metrics = Metrics(run_dir, config)
-        batches = training_batches(
-            parts.encoder,
-            train_clips,
-            config.batch_size,
-            config.seed,
-            config.data.shuffle,
-            process.rank,
-            process.world_size,
-        )
+        batches = make_batches(config, parts.encoder, train_clips, process)
         trainer = Trainer(config, parts, batches, process, run_dir, metrics)
         if config.mode == "frozen":
             trainer.evaluate()

@@ -16,12 +16,21 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finetune.config import TrainConfig, to_plain
+from finetune.data.chunks import ChunkEncoder
 from finetune.data.clips import Batch, Clip, ClipEncoder
 from finetune.distributed import Process, sum_gradients, sum_over_processes, wait_for_all
-from finetune.loss import LossWeights, WeightedTargets, loss_sums, weighted_targets
+from finetune.loss import (
+    LossWeights,
+    WeightedTargets,
+    loss_sums,
+    weighted_chunk_targets,
+    weighted_targets,
+)
 from finetune.optimizer import Optimizer
+from finetune.persistence import CarriedRows
 from finetune.run_dir import Metrics
-from finetune.validation import answer_prompt, validation_loss
+from finetune.validation import answer_prompt, carried_validation_loss, validation_loss
+from moshi_ttt.carried import CarriedState, forward_chunk
 from moshi_ttt.checkpoint import save_checkpoint, saved_checkpoints
 from moshi_ttt.integration import set_activation_checkpointing
 
@@ -84,6 +93,11 @@ class Trainer:
         self.metrics = metrics
         self.weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
         self.step = 0
+        self.carried: CarriedRows | None = None
+        self.valid_chunks: ChunkEncoder | None = None
+        if config.ttt.persistent_states:
+            self.valid_chunks = ChunkEncoder(parts.encoder)
+            self.carried = CarriedRows(parts.model, config.batch_size, config.num_microbatches)
 
     def train(self) -> None:
         """Run all steps, with the evaluations and checkpoints that the config asks for."""
@@ -139,19 +153,41 @@ class Trainer:
 
         Each loss is a weighted mean over all targets of the step, wherever they are computed.
         """
-        model = self.parts.model
-        targets = [weighted_targets(model, batch.codes, self.weights) for batch in batches]
+        starts = [self._start_of(slot, batch) for slot, batch in enumerate(batches)]
+        targets = [self._targets(batch, start) for batch, start in zip(batches, starts, strict=True)]
         totals = torch.stack([t.totals() for t in targets]).sum(0)
         totals = sum_over_processes(totals, self.process).clamp(min=1e-9)
         losses = torch.zeros(2, device=self.process.device)
-        for batch, target in zip(batches, targets, strict=True):
-            losses += self._backward_one(batch, target, totals)
+        for slot, (batch, start, target) in enumerate(zip(batches, starts, targets, strict=True)):
+            losses += self._backward_one(slot, batch, start, target, totals)
         sum_gradients(self.optimizer.parameters, self.process)
         return sum_over_processes(losses, self.process)
 
-    def _backward_one(self, batch: Batch, targets: WeightedTargets, totals: torch.Tensor) -> torch.Tensor:
-        losses = loss_sums(self.parts.model(batch.codes), targets) / totals.float()
-        losses.sum().backward()
+    def _start_of(self, slot: int, batch: Batch) -> CarriedState | None:
+        """What the rows of a micro-batch carry; None where every clip stands alone."""
+        return None if self.carried is None else self.carried.before(slot, batch.clips)
+
+    def _targets(self, batch: Batch, start: CarriedState | None) -> WeightedTargets:
+        if start is None:
+            return weighted_targets(self.parts.model, batch.codes, self.weights)
+        return weighted_chunk_targets(self.parts.model, batch.codes, start, self.weights)
+
+    def _backward_one(
+        self,
+        slot: int,
+        batch: Batch,
+        start: CarriedState | None,
+        targets: WeightedTargets,
+        totals: torch.Tensor,
+    ) -> torch.Tensor:
+        if self.carried is None:
+            losses = loss_sums(self.parts.model(batch.codes), targets) / totals.float()
+            losses.sum().backward()
+        else:
+            output, after = forward_chunk(self.parts.model, batch.codes, start)
+            losses = loss_sums(output, targets) / totals.float()
+            losses.sum().backward()
+            self.carried.keep(slot, after)
         return losses.detach()
 
     def _require_finite(self, losses: torch.Tensor, grad_norm: torch.Tensor, batches: list[Batch]) -> None:
@@ -186,9 +222,11 @@ class Trainer:
         parts, config = self.parts, self.config
         values: dict[str, float] = {}
         if parts.valid_clips:
-            values = validation_loss(
-                parts.model, parts.encoder, parts.valid_clips, config.batch_size, self.weights, self.process
-            )
+            rest = (parts.valid_clips, config.batch_size, self.weights, self.process)
+            if self.valid_chunks is None:
+                values = validation_loss(parts.model, parts.encoder, *rest)
+            else:
+                values = carried_validation_loss(parts.model, self.valid_chunks, *rest)
         if self.metrics is not None and values:
             self.metrics.log(self.step, "valid", values)
             logger.info(

@@ -12,10 +12,12 @@ import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
+from finetune.data.chunks import ChunkEncoder, by_recording
 from finetune.data.clips import Clip, ClipEncoder
 from finetune.distributed import Process, sum_over_processes
-from finetune.loss import LossWeights, loss_sums, weighted_targets
+from finetune.loss import LossWeights, loss_sums, weighted_chunk_targets, weighted_targets
 from inference.stream import Answer, Sampling, answer, write_wav
+from moshi_ttt.carried import forward_chunk, fresh_state
 
 
 @contextmanager
@@ -49,6 +51,40 @@ def validation_loss(
             targets = weighted_targets(model, codes, weights)
             sums[:2] += loss_sums(model(codes), targets).double()
             sums[2:] += targets.totals()
+    return _means(sums, process)
+
+
+def carried_validation_loss(
+    model: LMModel,
+    encoder: ChunkEncoder,
+    clips: Sequence[Clip],
+    batch_size: int,
+    weights: LossWeights,
+    process: Process,
+) -> dict[str, float]:
+    """`validation_loss` where each clip continues from those before it in its recording, as in a stream.
+
+    The states are this measurement's own: those of the rows in training stay as they are.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=process.device)
+    mine = by_recording(clips)[process.rank :: process.world_size]
+    with evaluation_mode(model):
+        for start in range(0, len(mine), batch_size):
+            rows = mine[start : start + batch_size]
+            carried = fresh_state(model, len(rows))
+            for step in range(max(map(len, rows))):
+                # The row of a recording that has ended gets its last chunk again, which counts for nothing.
+                codes = encoder.encode([row[min(step, len(row) - 1)] for row in rows]).codes
+                ended = torch.tensor([step >= len(row) for row in rows], device=codes.device)
+                targets = weighted_chunk_targets(model, codes, carried, weights).without(ended)
+                output, carried = forward_chunk(model, codes, carried)
+                sums[:2] += loss_sums(output, targets).double()
+                sums[2:] += targets.totals()
+    return _means(sums, process)
+
+
+def _means(sums: torch.Tensor, process: Process) -> dict[str, float]:
+    """Losses from this process's sums of losses and of weights, text and audio, `[4]`."""
     text, audio, text_total, audio_total = sum_over_processes(sums, process).tolist()
     losses = {"text_loss": text / text_total, "audio_loss": audio / audio_total}
     loss = sum(losses.values())

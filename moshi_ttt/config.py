@@ -69,8 +69,9 @@ class TTTConfig:
     """Attention window of the other temporal layers, in frames. None leaves the host's."""
 
     persistent_states: bool = False
-    """Carry the inner state from one training chunk of a recording to the next. This release trains
-    every chunk from the learned weights and refuses True."""
+    """Train on recordings longer than a clip: each batch row goes through its recording in chunks of
+    duration_sec and carries its inner weights, attention keys and values and positions from one to the next.
+    Gradients stop at the edges of chunks. False starts every clip from the learned weights."""
 
     scan_checkpoint_group_size: int = 16
     """Mini-batches whose inner activations are recomputed together in the backward pass: memory falls,
@@ -101,11 +102,6 @@ class TTTConfig:
             raise ValueError(
                 f"ttt.gate_init of the convex gate is the weight of the TTT branch, in [0, 1); "
                 f"got {self.gate_init}"
-            )
-        if self.persistent_states:
-            raise ValueError(
-                "ttt.persistent_states=true is not available in this release: training starts every chunk "
-                "from the learned weights. Set ttt.persistent_states=false"
             )
 
 

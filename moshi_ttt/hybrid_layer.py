@@ -11,6 +11,7 @@ from moshi.utils.compile import no_compile
 from torch import nn
 
 from moshi_ttt.config import TTTConfig
+from moshi_ttt.inner_loop import InnerWeights
 from moshi_ttt.ttt_layer import Float32Module, TTTWrapper
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,13 @@ class HybridSeqModelingBlock(nn.Module):
     def forward(self, x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         """The residual stream `[B, T, C]` after attention's `update` and the TTT layer's."""
         return self.gate(x, update, self.ttt_layer(self.norm(x + update)))
+
+    def forward_from(
+        self, x: torch.Tensor, update: torch.Tensor, start: InnerWeights
+    ) -> tuple[torch.Tensor, InnerWeights]:
+        """`forward` with inner weights that begin as `start`; also returns those after the last token."""
+        ttt_out, end = self.ttt_layer.ttt.forward_from(self.norm(x + update), start)
+        return self.gate(x, update, ttt_out), end
 
 
 class HybridStreamingTransformerLayer(nn.Module):

@@ -50,6 +50,10 @@ class InnerWeights:
         assert len(self.weights) == len(self.biases) >= 1
         assert all(w.dtype in (torch.float32, torch.float64) for w in self.weights), "inner state is float32"
 
+    def detach(self) -> "InnerWeights":
+        """The same values without their history."""
+        return InnerWeights(tuple(w.detach() for w in self.weights), tuple(b.detach() for b in self.biases))
+
 
 @dataclass
 class InnerNorm:

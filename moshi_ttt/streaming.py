@@ -10,8 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
-from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention, StreamingTransformer
+from moshi.modules.transformer import (
+    ProjectedTransformer,
+    RingKVCache,
+    StreamingMultiheadAttention,
+    StreamingTransformer,
+)
 from torch import nn
 
 
@@ -29,6 +35,16 @@ def streaming(model: LMModel, batch_size: int, max_chunk: int = 1) -> Iterator[N
     with model.streaming(batch_size):
         for attention in _attentions(model.transformer):
             _set_capacity(attention, max_chunk)
+        yield
+
+
+@contextmanager
+def encoding(mimi: MimiModel, batch_size: int, max_frames: int) -> Iterator[None]:
+    """Encode `batch_size` rows of audio in calls of at most `max_frames` frames each, as one call would."""
+    assert isinstance(mimi.encoder_transformer, ProjectedTransformer)
+    with mimi.streaming(batch_size):
+        for attention in _attentions(mimi.encoder_transformer.transformer):
+            _set_capacity(attention, round(max_frames * mimi.encoder_frame_rate / mimi.frame_rate))
         yield
 
 

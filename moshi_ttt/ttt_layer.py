@@ -194,6 +194,31 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             tuple(b.repeat(batch_size, 1, 1) for b in self.inner_biases),
         )
 
+    def blank_weights(self, batch_size: int) -> InnerWeights:
+        """Zeros in the shapes of `initial_weights`: the carried weights of rows that have seen nothing."""
+
+        def blank(parameter: nn.Parameter) -> torch.Tensor:
+            heads, *shape = parameter.shape
+            return parameter.detach().new_zeros(batch_size * heads, *shape)
+
+        return InnerWeights(tuple(map(blank, self.inner_weights)), tuple(map(blank, self.inner_biases)))
+
+    def start_weights(self, carried: InnerWeights, fresh: torch.Tensor) -> InnerWeights:
+        """The learned weights in the rows where `fresh` `[B]` is true, `carried` in the others.
+
+        The learned weights are always part of the graph, so that they have a gradient on every process.
+        """
+        mask = self._nets(fresh)[:, None, None]
+        learned = self.initial_weights(fresh.shape[0])
+
+        def pick(start: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+            return torch.where(mask, start, now)
+
+        return InnerWeights(
+            tuple(map(pick, learned.weights, carried.weights)),
+            tuple(map(pick, learned.biases, carried.biases)),
+        )
+
     def _nets(self, rows: torch.Tensor) -> torch.Tensor:
         """A value for each row `[B]` to one for each row and head `[N]`."""
         return rows[:, None].expand(-1, self.num_heads).flatten()
@@ -246,17 +271,20 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             assert x.shape[0] == state.batch_size, f"streaming {state.batch_size} rows, got {x.shape[0]}"
             frames = [self._step(frame, state) for frame in x.split(1, dim=1)]
             return frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)
-        batch_size = x.shape[0]
-        norm = self.norm(batch_size)
+        return self.forward_from(x, self.initial_weights(x.shape[0]))[0]
+
+    def forward_from(self, x: torch.Tensor, start: InnerWeights) -> tuple[torch.Tensor, InnerWeights]:
+        """A sequence `[B, T, C]` that begins at a mini-batch edge with the weights `start`.
+
+        Returns:
+            `[B, T, C]` and the weights after the last token, to continue from if T is a multiple of K.
+        """
+        norm = self.norm(x.shape[0])
         positions = torch.arange(x.shape[1], device=x.device)[None] % self.mini_batch_size
-        out, _ = inner_loop(
-            *self.project(x, positions, norm),
-            self.initial_weights(batch_size),
-            norm,
-            self.step_scale(),
-            self.checkpoint_group_size,
+        out, end = inner_loop(
+            *self.project(x, positions, norm), start, norm, self.step_scale(), self.checkpoint_group_size
         )
-        return self._output(out, x.dtype)
+        return self._output(out, x.dtype), end
 
     @torch.no_grad()
     def _init_streaming_state(self, batch_size: int) -> TTTState:

@@ -251,7 +251,15 @@ def test_what_must_be_given(tmp_path):
         (["mode=ttt", "ttt=none"], "mode=ttt trains ttt; set ttt.enable=true or another mode"),
         (["mode=lora+ttt", "ttt=none"], "trains ttt; set ttt.enable=true or another mode"),
         (["mode=full"], "mode=full trains the weights under LoRA; set lora.enable=false or another mode"),
-        (["ttt.persistent_states=true"], "Set ttt.persistent_states=false"),
+        (
+            ["ttt.persistent_states=true", "duration_sec=80"],
+            "duration_sec=80 is 1000 frames.*mini-batches of 16 frames: use duration_sec=79.36 or 80.64",
+        ),
+        (["ttt.persistent_states=true", "duration_sec=1"], "12.5 frames.*: use duration_sec=1.28$"),
+        (
+            ["ttt.persistent_states=true", "max_carried_gib=0.001"],
+            "would carry .* GiB for 6 rows, but 0.001 GiB are available: attention keys .*25, 50 frames",
+        ),
         (["ttt.layers=none"], "ttt.layers='none' names none of the 4 layers; name layers such as"),
         (["ttt.layers='3,4'"], "names layer 4, but the model has 4 layers: 0 to 3"),
         (["ttt.mini_batch_size=0"], "ttt.mini_batch_size must be at least 1; got 0"),

@@ -250,7 +250,6 @@ def test_describe_names_every_layer_with_its_kind_context_and_gate(build):
         ({"num_heads": 0}, "ttt.num_heads must be at least 1"),
         ({"head_dim": 7}, r"ttt.head_dim must be even \(rotary pairs\), got 7"),
         ({"gate": "convex", "gate_init": 1.0}, r"ttt.gate_init of the convex gate.*got 1.0"),
-        ({"persistent_states": True}, "ttt.persistent_states=true is not available"),
         ({"scan_checkpoint_group_size": -1}, "ttt.scan_checkpoint_group_size must be at least 0"),
     ],
 )

@@ -29,6 +29,11 @@ class Clip:
     recording: Recording
     start_sec: float
 
+    @property
+    def is_first(self) -> bool:
+        """Whether the recording starts here."""
+        return self.start_sec == 0
+
     def __str__(self) -> str:
         return f"{self.recording.path} at {self.start_sec:g} s"
 
