@@ -67,7 +67,7 @@ ARMS = {
     "non_causal": Arm("ttt_mlp", non_causal=True),
 }
 _LARGEST = Arm("ttt_mlp", depth=3)
-FULL_CONTEXT = 1 << 14  # frames; longer than any episode
+FULL_CONTEXT = 1 << 12  # frames; longer than any episode
 
 
 def _lm(size: Size, vocabulary: Vocabulary, context: int, feedforward: int) -> LMModel:

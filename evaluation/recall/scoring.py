@@ -81,9 +81,11 @@ def score_arm(
 def _whole_pass(model: LMModel, codes: torch.Tensor, forget_at: int | None) -> torch.Tensor:
     if codes.shape[0] == 0:
         return codes[:, TEXT]
+    if forget_at is None:
+        return text_predictions(model, codes)
     rows = max(1, _ROWS_X_FRAMES_SQUARED // codes.shape[-1] ** 2)
-    with forgetting_at(model, forget_at) if forget_at is not None else nullcontext():
-        return text_predictions(model, codes, rows)
+    with torch.no_grad(), forgetting_at(model, forget_at):
+        return torch.cat([model(part).text_logits[:, 0].argmax(-1) for part in codes.split(rows)])
 
 
 @torch.no_grad()

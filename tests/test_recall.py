@@ -1,0 +1,221 @@
+"""The recall benchmark asks what it says, of models of one size, and leaks nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation.recall.arms import (
+    ARMS,
+    Arm,
+    Size,
+    build_arm,
+    forgetting_at,
+    non_causal_update,
+    parameters,
+)
+from evaluation.recall.report import write_report
+from evaluation.recall.running import run_jobs, stored_results
+from evaluation.recall.scoring import Scoring, answer_stream, score_arm
+from evaluation.recall.settings import RecallConfig, jobs_of
+from evaluation.recall.speech import speech_codes
+from evaluation.recall.task import (
+    MOSHI_SEMANTIC,
+    PADDING,
+    TEXT,
+    USER_ACOUSTIC,
+    USER_SEMANTIC,
+    Vocabulary,
+    draw_episodes,
+    told_until,
+)
+from evaluation.recall.training import Training, text_predictions, train_arm
+from evaluation.statistics import mean_interval
+
+VOCABULARY = Vocabulary(speech=32, keys=8, values=4)
+SIZE = Size(dim=32, num_layers=2, num_heads=2, window_frames=5)
+SETTINGS = {"mini_batch_size": 8, "gate_init": 1.0}
+K = 8
+SAMPLES = Path(__file__).parents[1] / "sample_data" / "audio"
+
+
+@pytest.fixture
+def speech():
+    return torch.randint(0, VOCABULARY.speech, (2, 400), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def episodes(speech):
+    return draw_episodes(VOCABULARY, speech, 6, 4, 20, 2, torch.Generator().manual_seed(1))
+
+
+def model_of(arm):
+    return build_arm(arm, SIZE, VOCABULARY, SETTINGS, seed=0).eval()
+
+
+def test_an_episode_tells_pairs_then_speaks_then_asks(episodes, speech):
+    first_key, first_value = VOCABULARY.speech, VOCABULARY.speech + VOCABULARY.keys
+    for row, answers in zip(episodes.codes, episodes.answers, strict=True):
+        told = {int(row[USER_SEMANTIC, 3 * p]): int(row[USER_ACOUSTIC, 3 * p]) for p in range(4)}
+        assert len(told) == 4
+        assert all(first_key <= key < first_value <= value < VOCABULARY.ask for key, value in told.items())
+        between = row[USER_SEMANTIC:, told_until(4) : told_until(4) + 20]
+        assert between.max() < VOCABULARY.speech
+        for frame, answer in zip(episodes.answer_frames, answers, strict=True):
+            assert row[USER_ACOUSTIC, frame - 2] == row[USER_ACOUSTIC, frame - 1] == VOCABULARY.ask
+            assert told[int(row[USER_SEMANTIC, frame - 2])] == first_value + answer
+            assert row[MOSHI_SEMANTIC, frame] == first_value + answer
+            assert row[TEXT, frame] == PADDING + 1 + answer
+        assert (row[TEXT] != PADDING).sum() == 2
+    runs = {tuple(run) for run in speech.repeat(1, 2).unfold(1, 20, 1).flatten(0, 1).tolist()}
+    assert tuple(episodes.codes[0, USER_SEMANTIC, told_until(4) : told_until(4) + 20].tolist()) in runs
+
+
+def test_accuracy_counts_the_asked_frames_alone(episodes):
+    right = episodes.codes[:, TEXT].clone()
+    assert episodes.accuracy(right) == 1.0
+    right[:, 0] += 1
+    assert episodes.accuracy(right) == 1.0
+    right[:3, episodes.answer_frames[0]] = PADDING
+    assert episodes.accuracy(right) == 0.75
+
+
+def test_all_arms_have_the_same_size():
+    for size, settings in ((SIZE, SETTINGS), (Size(), {"mini_batch_size": 16, "num_heads": 1})):
+        counts = {
+            name: parameters(build_arm(arm, size, VOCABULARY, settings, 0)) for name, arm in ARMS.items()
+        }
+        assert max(counts.values()) / min(counts.values()) < 1.02, counts
+
+
+def test_the_non_causal_update_shows_later_frames_of_the_mini_batch_and_no_others(episodes):
+    model = model_of(Arm("ttt_linear"))
+    codes, frame = episodes.codes, 2 * K + 3
+    changed = codes.clone()
+    changed[:, USER_SEMANTIC, frame] = (changed[:, USER_SEMANTIC, frame] + 1) % VOCABULARY.speech
+
+    @torch.no_grad()
+    def first_difference():
+        differs = (model(codes).text_logits != model(changed).text_logits).any(-1).any(0).any(0)
+        return int(differs.nonzero()[0])
+
+    assert first_difference() == frame + 1  # step s hears frame s - 1
+    with non_causal_update(model):
+        assert first_difference() == 2 * K
+    assert first_difference() == frame + 1
+
+
+@pytest.mark.parametrize("name", ["attention_window", "ttt_linear", "ttt_mlp_3", "state_reset"])
+def test_streamed_answers_are_those_of_whole_passes(name, speech):
+    model = model_of(ARMS[name])
+    scoring = Scoring(pairs=4, distances=[0.5, 4], episodes=6)
+    for _, score in score_arm(model, ARMS[name], scoring, VOCABULARY, speech, SIZE.receptive_field):
+        assert score["same"] == 1.0
+
+
+@torch.no_grad()
+def test_forgetting_is_the_same_in_a_stream_and_in_a_whole_pass(episodes):
+    model = model_of(Arm("ttt_mlp"))
+    user, at = episodes.codes[:, USER_SEMANTIC:], 13
+    said = answer_stream(model, user, forget_at=at)
+    heard = torch.cat((said, user), dim=1)
+    plain = model(heard).text_logits
+    with forgetting_at(model, at):
+        forgot = model(heard).text_logits
+        assert torch.equal(forgot[:, 0].argmax(-1), said[:, TEXT])
+    assert torch.equal(plain[:, 0].argmax(-1), text_predictions(model, heard))
+    assert (plain - forgot)[:, :, :at].abs().max() <= 1e-5
+    assert (plain - forgot)[:, :, at:].abs().max() > 1e-4
+
+
+def test_a_memory_learns_what_a_window_cannot(speech):
+    training = Training(
+        max_pairs=2, max_distance_frames=16, questions=1, max_steps=500, cooldown_steps=100, learned=0.98
+    )
+    scoring = Scoring(pairs=2, distances=[10], episodes=64)
+    accuracy = {}
+    for name in ("ttt_linear", "attention_window"):
+        model = model_of(ARMS[name])
+        train_arm(model, ARMS[name], training, VOCABULARY, speech, 0, lambda step, loss: None)
+        scores = dict(score_arm(model, ARMS[name], scoring, VOCABULARY, speech, SIZE.receptive_field))
+        accuracy[name] = scores["10"]["streaming"]
+    assert accuracy["ttt_linear"] >= 0.9
+    assert accuracy["attention_window"] <= 0.5  # chance is 0.25
+
+
+def test_jobs_are_run_once_and_reported(tmp_path, speech, capsys):
+    config = RecallConfig(
+        arms=["attention_window", "ttt_mlp", "state_reset"],
+        seeds=2,
+        store=str(tmp_path / "store"),
+        output=str(tmp_path / "recall.json"),
+        ttt=SETTINGS,
+        size=SIZE,
+        vocabulary=VOCABULARY,
+        training=Training(max_steps=4, cooldown_steps=2, batch_size=4),
+        scoring=Scoring(pairs=2, distances=[0.5, 2], episodes=4),
+    )
+    jobs = jobs_of(config, "of this speech")
+    assert [(job.arm, job.seed) for job in jobs] == [
+        ("attention_window", 0),
+        ("ttt_mlp", 0),
+        ("attention_window", 1),
+        ("ttt_mlp", 1),
+    ]
+    store = tmp_path / "store"
+    run_jobs(jobs[:2], speech, store, workers=1)
+    first = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
+    assert len(first) == 2
+    run_jobs(jobs, speech, store, workers=2)
+    assert len(list(store.iterdir())) == 4
+    assert all((store / name).stat().st_mtime_ns == when for name, when in first.items())
+    table = write_report(stored_results(jobs, store), config)
+    report = json.loads((tmp_path / "recall.json").read_text())
+    assert report["window_frames"] == 5
+    assert report["receptive_field_frames"] == 8
+    assert report["chance"] == 0.25
+    assert set(report["arms"]) == set(report["seeds"]) == {"attention_window", "ttt_mlp", "state_reset"}
+    assert set(report["arms"]["ttt_mlp"]["streaming"]) == {"0.5", "2"}
+    mean, low, high = report["arms"]["ttt_mlp"]["offline"]["2"]
+    assert 0 <= low <= mean <= high <= 1
+    assert table.count("\n") == 4
+    assert (tmp_path / "recall.png").stat().st_size > 10_000
+    other = jobs_of(RecallConfig(arms=["ttt_mlp"], seeds=1), "of this speech")[0]
+    assert other.file_name not in {job.file_name for job in jobs}
+
+
+def test_the_interval_is_students():
+    interval = mean_interval([0.1, 0.2, 0.3, 0.4], 0.0, 1.0)
+    half = 3.182446 * math.sqrt(0.05 / 3) / 2  # t of 3 degrees of freedom
+    assert interval.mean == pytest.approx(0.25)
+    assert (interval.low, interval.high) == pytest.approx((0.25 - half, 0.25 + half), abs=1e-6)
+    assert mean_interval([1.0, 0.9], 0.0, 1.0).high == 1.0
+    assert math.isnan(mean_interval([0.5], 0.0, 1.0).low)
+
+
+def test_speech_is_real_and_varied():
+    codes = speech_codes(SAMPLES, 256)
+    assert codes.shape[0] == 2
+    assert codes.shape[1] > 400
+    assert len(codes[0].unique()) > 20
+    with pytest.raises(ValueError, match=r"holds no recording"):
+        speech_codes(Path(__file__).parent, 256)
+    with pytest.raises(ValueError, match=r"at least"):
+        speech_codes(SAMPLES, 64)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"arms": ["memory"]}, "arms must be some of"),
+        ({"mode": "learn"}, "mode must be"),
+        ({"seeds": 0}, "at least 1"),
+        ({"scoring": Scoring(pairs=40)}, "as many keys"),
+        ({"training": Training(max_steps=100, cooldown_steps=100)}, "above"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        RecallConfig(**change).validate()
