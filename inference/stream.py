@@ -1,8 +1,10 @@
 """Moshi answering a recording, frame by frame through Mimi and LMGen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -35,6 +37,18 @@ class Sampling:
 
     seed: int = 0
     """Same seed, settings and input: same answer."""
+
+
+class StepWatch(Protocol):
+    """Something that looks on while a model streams, such as `TTTDiagnostics` and `FiniteStateCheck`."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Context for each step of the model."""
+        ...
+
+    def finish(self) -> None:
+        """Called after the last step, while the streaming state still lives."""
+        ...
 
 
 @dataclass
@@ -108,6 +122,7 @@ def answer(
     recording: torch.Tensor,
     sampling: Sampling,
     progress: bool = False,
+    watches: Sequence[StepWatch] = (),
 ) -> Answer:
     """Stream a recording of the user through Moshi and collect its answer.
 
@@ -120,6 +135,7 @@ def answer(
         recording: the user's samples `[n]` at Mimi's rate.
         sampling: how tokens are drawn.
         progress: show a bar with the real-time factor.
+        watches: what looks on.
     """
     frame_size = mimi.frame_size
     num_frames = -(-recording.shape[0] // frame_size)
@@ -136,12 +152,14 @@ def answer(
         )
         audio, text_tokens = [], []
         with mimi.streaming(1), lm_gen.streaming(1):
-            steps = _steps(lm_gen, mimi, recording.to(model.device), num_frames)
+            steps = _steps(lm_gen, mimi, recording.to(model.device), num_frames, watches)
             for tokens in tqdm(
                 steps, total=num_frames, desc="answering", unit="frame", disable=None if progress else True
             ):
                 text_tokens.append(int(tokens[0, 0, 0]))
                 audio.append(mimi.decode(tokens[:, 1:])[0, 0].cpu())
+            for watch in watches:
+                watch.finish()
     assert len(audio) == num_frames
     samples = torch.cat(audio)[: recording.shape[0]].clamp(-1, 1)
     padding = {model.text_padding_token_id, model.end_of_text_padding_id}
@@ -149,7 +167,11 @@ def answer(
 
 
 def _steps(
-    lm_gen: LMGen, mimi: MimiModel, recording: torch.Tensor, num_frames: int
+    lm_gen: LMGen,
+    mimi: MimiModel,
+    recording: torch.Tensor,
+    num_frames: int,
+    watches: Sequence[StepWatch] = (),
 ) -> Iterator[torch.Tensor]:
     """Moshi's tokens `[1, 1 + dep_q, 1]` of each frame of the recording.
 
@@ -164,7 +186,10 @@ def _steps(
             samples = recording[max(frame, 0) * frame_size : (max(frame, 0) + 1) * frame_size]
             samples = torch.nn.functional.pad(samples, (0, frame_size - samples.shape[0]))
             codes = mimi.encode(samples[None, None])
-        tokens = lm_gen.step(codes)
+        with ExitStack() as stack:
+            for watch in watches:
+                stack.enter_context(watch.step())
+            tokens = lm_gen.step(codes)
         if tokens is not None:
             yield tokens
 

@@ -48,6 +48,13 @@ class TTTConfig:
     """Target of the inner loss: True normalises v - k over the head and applies the inner LayerNorm's
     weight and bias; False takes v - k as it is (TTT-LM)."""
 
+    max_inner_change: float | None = None
+    """Keeps the inner state of an endless stream bounded: after each mini-batch, a head's inner layer (weight
+    and bias together) that has gone further than this from its learned start is drawn back to that distance.
+    The unit is the norm of a weight whose outputs have unit scale (what "scaled" draws for ttt_mlp). Without
+    a bound, the LayerNorm in the inner loss, whose gradient is orthogonal to its input, lets the last layer
+    grow with the fourth root of time. None sets no bound."""
+
     learned_token_scale: bool = False
     """Learn an offset to the step scale 1 / (position + 1) of each position in a mini-batch."""
 
@@ -89,6 +96,11 @@ class TTTConfig:
         _at_least("ttt.mini_batch_size", self.mini_batch_size, 1)
         _at_least("ttt.base_lr", self.base_lr, 0)
         _at_least("ttt.scan_checkpoint_group_size", self.scan_checkpoint_group_size, 0)
+        if self.max_inner_change is not None and not self.max_inner_change > 0:
+            raise ValueError(
+                f"ttt.max_inner_change must be above 0, or null for no bound; got {self.max_inner_change} "
+                "(ttt.base_lr=0 freezes the inner model)"
+            )
         if self.ssm_layer == "ttt_mlp":
             _at_least("ttt.ttt_mlp_layers", self.ttt_mlp_layers, 2, "use ssm_layer=ttt_linear for one layer")
         for name in ("num_heads", "ttt_layer_context", "non_ttt_layer_context"):

@@ -60,6 +60,19 @@ class InnerNorm:
 
 
 @dataclass
+class InnerBound:
+    """A ball around the learned weights that inner weights are kept in.
+
+    Args:
+        center: the learned weights, `[H, ...]`: one row's.
+        radii: largest distance of each layer's weight and bias together in one head, above 0.
+    """
+
+    center: InnerWeights
+    radii: tuple[float, ...]
+
+
+@dataclass
 class PendingUpdates:
     """Factors of the weight updates that the current mini-batch has gathered, one slot a token.
 
@@ -191,6 +204,49 @@ def fold(
     return InnerWeights(tuple(weights), tuple(biases))
 
 
+def _pulled_back(
+    weight: torch.Tensor, bias: torch.Tensor, layer: int, bound: InnerBound, ask: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of one layer, drawn back to the surface of the ball where they are outside it.
+
+    Inside, they are what they were, bit for bit.
+
+    Args:
+        ask: look whether any is outside before working on all: less work, but the host waits for the answer.
+    """
+    heads, radius = bound.center.weights[layer].shape[0], bound.radii[layer]
+    changes = [
+        now.unflatten(0, (-1, heads)) - start
+        for now, start in ((weight, bound.center.weights[layer]), (bias, bound.center.biases[layer]))
+    ]
+    square = sum(change.square().sum(dim=(-2, -1), keepdim=True) for change in changes)
+    assert isinstance(square, torch.Tensor)
+    outside = (square > radius**2).flatten(0, 1)  # NaN is not: it stays to be seen
+    if ask and not outside.any():
+        return weight, bias
+    # The clamp keeps the root's gradient finite where nothing has changed.
+    shrink = radius * square.clamp(min=radius**2).rsqrt()
+
+    def pulled(now: torch.Tensor, change: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        return torch.where(outside, (start + shrink * change).flatten(0, 1), now)
+
+    return (
+        pulled(weight, changes[0], bound.center.weights[layer]),
+        pulled(bias, changes[1], bound.center.biases[layer]),
+    )
+
+
+def within(state: InnerWeights, bound: InnerBound | None) -> InnerWeights:
+    """The weights, in the ball of `bound`."""
+    if bound is None:
+        return state
+    layers = [
+        _pulled_back(weight, bias, layer, bound)
+        for layer, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True))
+    ]
+    return InnerWeights(tuple(w for w, _ in layers), tuple(b for _, b in layers))
+
+
 def _dual_mini_batch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -199,13 +255,14 @@ def _dual_mini_batch(
     state: InnerWeights,
     norm: InnerNorm,
     step_scale: torch.Tensor,
+    bound: InnerBound | None,
 ) -> tuple[torch.Tensor, InnerWeights]:
-    """One mini-batch of at most K tokens: outputs `[N, T, D]` and the weights after its last token."""
+    """One mini-batch of at most K tokens: outputs `[N, T, D]` and the weights to go on with."""
     length = q.shape[1]
     inputs, grads = inputs_and_grads(k, target, state, norm)
     eta = step_scale[:length, :length] * lr[:, None, :]
     out = answer(q, eta, inputs, grads, state, norm)
-    return out, fold(inputs, grads, eta[:, -1], state)
+    return out, within(fold(inputs, grads, eta[:, -1], state), bound)
 
 
 def _scan(
@@ -216,13 +273,14 @@ def _scan(
     state: InnerWeights,
     norm: InnerNorm,
     step_scale: torch.Tensor,
+    bound: InnerBound | None,
 ) -> tuple[torch.Tensor, InnerWeights]:
     size = step_scale.shape[0]
     outs = []
     for tokens in zip(
         q.split(size, 1), k.split(size, 1), target.split(size, 1), lr.split(size, 1), strict=True
     ):
-        out, state = _dual_mini_batch(*tokens, state, norm, step_scale)
+        out, state = _dual_mini_batch(*tokens, state, norm, step_scale, bound)
         outs.append(out)
     return torch.cat(outs, dim=1), state
 
@@ -236,6 +294,7 @@ def inner_loop(
     norm: InnerNorm,
     step_scale: torch.Tensor,
     checkpoint_group_size: int = 0,
+    bound: InnerBound | None = None,
 ) -> tuple[torch.Tensor, InnerWeights]:
     """Run the inner learner over a sequence that starts at a mini-batch edge (dual form).
 
@@ -246,19 +305,20 @@ def inner_loop(
         norm: LayerNorm of the inner loss.
         step_scale: see `step_scale`, `[K, K]`; its size is the mini-batch size.
         checkpoint_group_size: mini-batches recomputed together in backward; 0 keeps all activations.
+        bound: the weights are drawn back into it after each mini-batch; None lets them go anywhere.
     Returns:
         Outputs `[N, T, D]` and the weights W(T - 1). T need not be a multiple of K, but only a
         sequence cut at a mini-batch edge can be continued from the returned weights.
     """
     group = checkpoint_group_size * step_scale.shape[0]
     if group == 0 or not torch.is_grad_enabled() or q.shape[1] <= group:
-        return _scan(q, k, target, lr, state, norm, step_scale)
+        return _scan(q, k, target, lr, state, norm, step_scale, bound)
     outs = []
     for tokens in zip(
         q.split(group, 1), k.split(group, 1), target.split(group, 1), lr.split(group, 1), strict=True
     ):
         out, state = checkpoint(
-            _scan, *tokens, state, norm, step_scale, use_reentrant=False, preserve_rng_state=False
+            _scan, *tokens, state, norm, step_scale, bound, use_reentrant=False, preserve_rng_state=False
         )  # type: ignore[misc]
         outs.append(out)
     return torch.cat(outs, dim=1), state
@@ -294,12 +354,17 @@ def inner_step(
 
 
 def fold_finished(
-    finished: torch.Tensor | None, state: InnerWeights, pending: PendingUpdates, step_scale: torch.Tensor
+    finished: torch.Tensor | None,
+    state: InnerWeights,
+    pending: PendingUpdates,
+    step_scale: torch.Tensor,
+    bound: InnerBound | None = None,
 ) -> None:
     """Add the pending updates to the weights where a mini-batch is complete, in place.
 
     Args:
         finished: where the last token of a mini-batch has just been done, `[N]`; None: everywhere.
+        bound: the weights are drawn back into it; None lets them go anywhere.
     """
 
     def counted(x: torch.Tensor) -> torch.Tensor:
@@ -312,6 +377,14 @@ def fold_finished(
         # One fused pass over the weights: they are the largest thing that streaming moves.
         weight.baddbmm_(counted(x).transpose(1, 2), scaled, alpha=-1)
         bias.sub_(scaled.sum(dim=1, keepdim=True))
+    if bound is None:
+        return
+    for layer, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True)):
+        pulled = _pulled_back(weight, bias, layer, bound, ask=weight.device.type == "cpu")
+        for now, new in zip((weight, bias), pulled, strict=True):
+            if new is not now:
+                # Where no mini-batch has ended, rounding could move what lies on the surface.
+                now.copy_(new if finished is None else torch.where(finished[:, None, None], new, now))
 
 
 def effective_weights(

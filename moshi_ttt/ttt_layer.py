@@ -5,6 +5,7 @@ around the inner learner follow ttt-video-dit (arXiv 2504.05298), made causal.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.inner_loop import (
     LAYER_NORM_EPS,
+    InnerBound,
     InnerNorm,
     InnerWeights,
     PendingUpdates,
@@ -53,6 +55,31 @@ class Float32Module(nn.Module):
             for child in self.children():
                 child._apply(fn)
         return super()._apply(keep_float32(fn), recurse=False)
+
+
+@dataclass
+class InnerTokens:
+    """What the inner learner is about to learn from, and the weights it has: for those who look on.
+
+    Args:
+        k, target: `[N, T, D]`; T is 1 in streaming.
+        lr: `[N, T]`.
+        weights: at the start of the sequence, or of the mini-batch in streaming.
+        norm, step_scale: of the inner loop.
+        bound: of the weights over the sequence; None in streaming, and where there is none.
+        pending: streaming: the updates of the mini-batch, this token's included; else None.
+        position: streaming: the token's position in its mini-batch, `[N]`; else None.
+    """
+
+    k: torch.Tensor
+    target: torch.Tensor
+    lr: torch.Tensor
+    weights: InnerWeights
+    norm: InnerNorm
+    step_scale: torch.Tensor
+    bound: InnerBound | None = None
+    pending: PendingUpdates | None = None
+    position: torch.Tensor | None = None
 
 
 @dataclass
@@ -96,16 +123,20 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         num_heads (int): TTT heads.
         head_dim (int): width of a head.
         config (TTTConfig): the other settings.
+    Attributes:
+        observer: called with every `InnerTokens` while diagnostics record a step; None otherwise.
     """
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, config: TTTConfig):
         super().__init__()
+        self.observer: Callable[[InnerTokens], None] | None = None
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.mini_batch_size = config.mini_batch_size
         self.base_lr = config.base_lr
         self.normalize_target = config.normalize_target
+        self.max_inner_change = config.max_inner_change
         self.checkpoint_group_size = config.scan_checkpoint_group_size
         self.inner_dims = self._inner_dims(head_dim, config)
         width = num_heads * head_dim
@@ -194,6 +225,21 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             tuple(b.repeat(batch_size, 1, 1) for b in self.inner_biases),
         )
 
+    def bound(self, learned: InnerWeights) -> InnerBound | None:
+        """How far the inner weights may go from the learned ones, of one row; None for anywhere."""
+        if self.max_inner_change is None:
+            return None
+        return InnerBound(
+            learned,
+            tuple(self.max_inner_change * self.unit_norm(layer) for layer in range(len(learned.weights))),
+        )
+
+    def unit_norm(self, layer: int) -> float:
+        """Norm of an inner layer's weight whose outputs have unit scale, per head: that of the "scaled" init."""
+        width_in, width_out = self.inner_dims[layer : layer + 2]
+        # Keys have norm 1; what later layers read has unit scale.
+        return math.sqrt(width_out if layer else width_in * width_out)
+
     def _nets(self, rows: torch.Tensor) -> torch.Tensor:
         """A value for each row `[B]` to one for each row and head `[N]`."""
         return rows[:, None].expand(-1, self.num_heads).flatten()
@@ -249,13 +295,12 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         batch_size = x.shape[0]
         norm = self.norm(batch_size)
         positions = torch.arange(x.shape[1], device=x.device)[None] % self.mini_batch_size
-        out, _ = inner_loop(
-            *self.project(x, positions, norm),
-            self.initial_weights(batch_size),
-            norm,
-            self.step_scale(),
-            self.checkpoint_group_size,
-        )
+        q, k, target, lr = self.project(x, positions, norm)
+        start, scale = self.initial_weights(batch_size), self.step_scale()
+        bound = self.bound(self.initial_weights(1))
+        if self.observer is not None:
+            self.observer(InnerTokens(k, target, lr, start, norm, scale, bound))
+        out, _ = inner_loop(q, k, target, lr, start, norm, scale, self.checkpoint_group_size, bound)
         return self._output(out, x.dtype)
 
     @torch.no_grad()
@@ -278,14 +323,14 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
     @torch.no_grad()
     def _step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
         """One frame `[B, 1, C]` of every row's stream."""
-        out = inner_step(
-            *self.project(x, state.position[:, None], state.norm),
-            self._nets(state.position),
-            state.inner,
-            state.pending,
-            state.norm,
-            state.step_scale,
-        )
+        q, k, target, lr = self.project(x, state.position[:, None], state.norm)
+        nets = self._nets(state.position)
+        out = inner_step(q, k, target, lr, nets, state.inner, state.pending, state.norm, state.step_scale)
+        if self.observer is not None:
+            constants = state.norm, state.step_scale
+            self.observer(
+                InnerTokens(k, target, lr, state.inner, *constants, pending=state.pending, position=nets)
+            )
         state.position.add_(state.exec_mask)
         self._finish_mini_batches(state)
         return self._output(out, x.dtype)
@@ -299,7 +344,7 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             nets = None if finished.all() else self._nets(finished)
         else:
             nets = self._nets(finished)
-        fold_finished(nets, state.inner, state.pending, state.step_scale)
+        fold_finished(nets, state.inner, state.pending, state.step_scale, self.bound(state.initial))
         state.position.masked_fill_(finished, 0)
 
 
