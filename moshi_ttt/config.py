@@ -48,12 +48,13 @@ class TTTConfig:
     """Target of the inner loss: True normalises v - k over the head and applies the inner LayerNorm's
     weight and bias; False takes v - k as it is (TTT-LM)."""
 
-    max_inner_change: float | None = None
+    max_inner_change: float | None = 3.0
     """Keeps the inner state of an endless stream bounded: after each mini-batch, a head's inner layer (weight
     and bias together) that has gone further than this from its learned start is drawn back to that distance.
     The unit is the norm of a weight whose outputs have unit scale (what "scaled" draws for ttt_mlp). Without
     a bound, the LayerNorm in the inner loss, whose gradient is orthogonal to its input, lets the last layer
-    grow with the fourth root of time. None sets no bound."""
+    grow with the fourth root of time: with default settings it passes 3 after half an hour of noise or speech
+    (docs/inner_state_100k_frames.png). None sets no bound."""
 
     learned_token_scale: bool = False
     """Learn an offset to the step scale 1 / (position + 1) of each position in a mini-batch."""
