@@ -1,9 +1,9 @@
 """The inner state over a stream of 100,000 frames (2.2 hours): `python -m benchmarks.inner_state`
 
-Three rows stream through the tiny Moshi with default TTT settings in its middle layers: white noise, silence, and
-the sample dialogues over and over. All go through Mimi; both of Moshi's audio streams get the same codes, the text
-stream padding. It is run without and with the default bound (`ttt.max_inner_change`). Written are the distances of
-the inner weights from the learned ones, the inner losses, and their picture.
+Three rows stream through the tiny Moshi with default TTT settings in its middle layers: white noise, silence,
+and the sample dialogues over and over. All go through Mimi; both of Moshi's audio streams get the same codes,
+the text stream padding. It is run without and with the default bound (`ttt.max_inner_change`). Written are
+the distances of the inner weights from the learned ones, the inner losses, and their picture.
 """
 
 import json

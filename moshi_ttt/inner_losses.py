@@ -30,7 +30,7 @@ from moshi_ttt.inner_loop import (
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.ttt_layer import InnerTokens, TTTBase
 
-LOSSES = ("at_start", "before", "after")
+LOSSES: tuple[str, ...] = ("at_start", "before", "after")
 
 
 @dataclass

@@ -235,7 +235,7 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         )
 
     def unit_norm(self, layer: int) -> float:
-        """Norm of an inner layer's weight whose outputs have unit scale, per head: that of the "scaled" init."""
+        """Norm of an inner weight whose outputs have unit scale, per head: that of the "scaled" start."""
         width_in, width_out = self.inner_dims[layer : layer + 2]
         # Keys have norm 1; what later layers read has unit scale.
         return math.sqrt(width_out if layer else width_in * width_out)
