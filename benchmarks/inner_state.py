@@ -1,4 +1,4 @@
-"""The inner state over a stream of 100,000 frames (2.2 hours): `python -m benchmarks.inner_state`
+"""The inner state over a stream of 100,000 frames (2.2 minutes): `python -m benchmarks.inner_state`
 
 Three rows stream through the tiny Moshi with default TTT settings in its middle layers: white noise, silence,
 and the sample dialogues over and over. All go through Mimi; both of Moshi's audio streams get the same codes,
@@ -128,16 +128,16 @@ def draw(runs: dict[str, list[Sample]], bound: float | None, title: str, path: P
     figure = Figure(figsize=(5.2 * (inner + 1), 4.6), layout="constrained")
     axes = figure.subplots(1, inner + 1)
     for (name, samples), style in zip(runs.items(), ("--", "-"), strict=True):
-        hours = [sample.frame / FRAME_RATE / 60 for sample in samples]
+        minutes = [sample.frame / FRAME_RATE / 60 for sample in samples]
         for row, kind in enumerate(KINDS):
             look = {"color": COLOURS[kind], "linestyle": style, "label": f"{kind}, {name}"}
             for layer in range(inner):
-                axes[layer].loglog(hours, [s.change[0][layer][row] for s in samples], **look)
-            after = LOSSES.index("before")
-            axes[inner].semilogx(hours, [s.losses[0][after][row] for s in samples], **look)
+                axes[layer].loglog(minutes, [s.change[0][layer][row] for s in samples], **look)
+            before = LOSSES.index("before")
+            axes[inner].semilogx(minutes, [s.losses[0][before][row] for s in samples], **look)
     for layer in range(inner):
         axes[layer].set_title(f"inner layer {layer + 1}: distance from its learned weights")
-        axes[layer].set_ylabel("distance in the furthest head (norm of a unit-scale weight)")
+        axes[layer].set_ylabel("distance, furthest head (unit-scale norms)")
         if bound is not None:
             axes[layer].axhline(bound, color="black", linewidth=0.8, linestyle=":", label="bound")
     axes[inner].set_title("inner loss before each frame's step")
@@ -152,21 +152,24 @@ def draw(runs: dict[str, list[Sample]], bound: float | None, title: str, path: P
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    config = TTTConfig(ttt_layer_context=50, non_ttt_layer_context=100)
-    runs = {
-        "no bound": run(replace(config, max_inner_change=None), FRAMES),
-        "default": run(config, FRAMES),
-    }
+def finish(config: TTTConfig, runs: dict[str, list[Sample]]) -> None:
+    """Write the numbers and the picture."""
     result = ROOT / "benchmarks/results/inner_state_100k_frames.json"
     content = {"config": asdict(config), "kinds": KINDS, "losses": LOSSES}
     content["runs"] = {name: [asdict(sample) for sample in samples] for name, samples in runs.items()}
-    result.write_text(json.dumps(content) + "\n")
+    rounded = json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.5g}"))
+    result.write_text(json.dumps(rounded) + "\n")
     picture = ROOT / "docs/inner_state_100k_frames.png"
     title = "Inner state of the first TTT layer over 100,000 frames: tiny Moshi, TTT-MLP, default settings"
     draw(runs, config.max_inner_change, title, picture)
     logger.info("wrote %s and %s", result, picture)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    config = TTTConfig(ttt_layer_context=50, non_ttt_layer_context=100)
+    unbounded = run(replace(config, max_inner_change=None), FRAMES)
+    finish(config, {"no bound": unbounded, "default": run(config, FRAMES)})
 
 
 if __name__ == "__main__":

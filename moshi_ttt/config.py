@@ -53,7 +53,7 @@ class TTTConfig:
     and bias together) that has gone further than this from its learned start is drawn back to that distance.
     The unit is the norm of a weight whose outputs have unit scale (what "scaled" draws for ttt_mlp). Without
     a bound, the LayerNorm in the inner loss, whose gradient is orthogonal to its input, lets the last layer
-    grow with the fourth root of time: with default settings it passes 3 after half an hour of noise or speech
+    grow with the fourth root of time: with default settings it passes 3 after 40 minutes of noise or speech
     (docs/inner_state_100k_frames.png). None sets no bound."""
 
     learned_token_scale: bool = False
