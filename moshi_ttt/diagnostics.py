@@ -205,7 +205,10 @@ class _LayerObserver:
     def start(self) -> None:
         self.values = {}
         ttt = self.block.ttt_layer.ttt
-        assert ttt.observer is None, f"layer {self.index} is observed by someone else"
+        if ttt.observer is not None:
+            raise ValueError(
+                f"layer {self.index} is observed by other diagnostics; close() those before enabling new ones"
+            )
         ttt.observer = self._on_tokens
         self._hook = self.block.gate.register_forward_hook(self._on_gate)
 

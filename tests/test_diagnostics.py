@@ -350,6 +350,17 @@ def test_history_and_log(build, random_codes, caplog):
     assert format_record(history[-1]) in caplog.text
 
 
+@torch.no_grad()
+def test_two_diagnostics_of_one_step_are_refused(build, random_codes):
+    model = build(**CONTEXTS)
+    first = enable_ttt_diagnostics(model, log_frequency=1)
+    enable_ttt_diagnostics(model, log_frequency=1)
+    with pytest.raises(ValueError, match=r"close\(\)"):
+        model.forward_text(random_codes(1, 2))
+    first.close()
+    model.forward_text(random_codes(1, 2))
+
+
 def test_a_model_without_ttt_is_refused(build):
     model = build(enable=False, layers="none")
     with pytest.raises(ValueError, match="no TTT layers"):
