@@ -75,6 +75,5 @@ def test_persistent_training_writes_diagnostics_and_trains_the_same(tmp_path):
         assert [record["step"] for record in found] == [1, 2, 4]
         # Chunks of one recording: what is carried goes further from the learned weights.
         changes = [record["inner_change_2"] for record in found]
-        assert changes == sorted(changes)
-        assert changes[-1] > 1.5 * changes[0]
+        assert changes == sorted(set(changes))
     assert "TTT Diagnostics - Layer 2 - Step 4" in (watched / "train.log").read_text()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from training import write_prompt
 
-from inference.stream import Sampling, answer, read_recording
+from inference.session import save_session
+from inference.stream import Sampling, answer, open_stream, read_recording
 from moshi_ttt.finite_state import FiniteStateCheck, NonFiniteStateError
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.loading import load_mimi, load_tokenizer
@@ -101,6 +102,23 @@ def test_a_generated_answer_is_checked(build, tiny_base, tmp_path):
     with pytest.raises(NonFiniteStateError, match="TTT layer 2"):
         answer(model, mimi, tokenizer, recording, Sampling(), watches=[FiniteStateCheck(model, 1000)])
     assert not model.is_streaming
+
+
+def test_a_broken_state_is_not_saved_as_a_session(build, tiny_base, tmp_path):
+    model, mimi = build(**CONTEXTS), load_mimi(tiny_base, "cpu")
+    recording = read_recording(write_prompt(tmp_path / "prompt.wav"), mimi.sample_rate)
+
+    def save(name, fault):
+        with open_stream(model, mimi, Sampling(), [FiniteStateCheck(model, 1000)]) as stream:
+            assert len(list(stream.hear(recording))) > 4
+            if fault:
+                plant(model, 1, 0, BAD[0])
+            save_session(tmp_path / name, stream, {})
+
+    save("good.session", fault=False)
+    with pytest.raises(NonFiniteStateError, match="TTT layer 1"):
+        save("bad.session", fault=True)
+    assert sorted(path.name for path in tmp_path.glob("*.session")) == ["good.session"]
 
 
 def test_looking_never_is_no_check(build):
