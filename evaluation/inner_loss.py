@@ -15,12 +15,13 @@ import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from moshi.models.lm import LMModel
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
 from evaluation.plot_diagnostics import InnerLossCurves, draw_inner_loss_over_positions
 from finetune.data.clips import Clip, ClipEncoder
 from finetune.data.interleaver import TextTokens
 from finetune.data.manifest import read_manifest
+from inference.command import typed_config
 from inference.generate import choose_device
 from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.inner_losses import LOSSES, recorded_inner_losses
@@ -124,12 +125,7 @@ def run(config: InnerLossConfig) -> Path:
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="inner_loss")
 def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}; give them as {missing[0]}=VALUE")
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, InnerLossConfig)
-    run(typed)
+    run(typed_config(config, InnerLossConfig))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import hydra
 import numpy as np
 from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
 from evaluation.diagnostics_pictures import LOSS_LOOKS, PICTURES, History, loss_panels
+from inference.command import typed_config
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +120,14 @@ def title_of(history: History, path: Path) -> str:
     about = history.about
     if "checkpoint" not in about:
         return path.stem
-    run = Path(about["checkpoint"])
-    name = run.parents[2].name if len(run.parents) > 2 else run.name
-    return f"{name}, step {about['step']}, listening to {Path(about['input']).name}"
+    return f"{_run_and_step(about)}, listening to {Path(about['input']).name}"
+
+
+def _run_and_step(about: dict[str, Any]) -> str:
+    """Which checkpoint, RUN/checkpoints/STEP/consolidated, was used."""
+    folder = Path(about["checkpoint"])
+    name = folder.parents[2].name if len(folder.parents) > 2 else folder.name
+    return f"{name}, step {about['step']}"
 
 
 def draw_inner_loss_over_positions(
@@ -139,11 +145,9 @@ def draw_inner_loss_over_positions(
     }
     middle = (edges + (np.minimum(edges + width, length) - 1)) / 2
     figure = loss_panels(middle / about["frame_rate"], "position in the recording (s)", layers)
-    run = Path(about["checkpoint"])
-    name = run.parents[2].name if len(run.parents) > 2 else run.name
     smooth = f", means of {width} frames" if width > 1 else ""
     figure.suptitle(
-        f"Inner loss: {name}, step {about['step']}, mean over {about['recordings']} recordings of "
+        f"Inner loss: {_run_and_step(about)}, mean over {about['recordings']} recordings of "
         f"{Path(about['data']).name} and all heads{smooth}"
     )
     if path is not None:
@@ -204,12 +208,7 @@ def plot(config: PlotConfig) -> Path:
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="plot_diagnostics")
 def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}; give them as {missing[0]}=VALUE")
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, PlotConfig)
-    plot(typed)
+    plot(typed_config(config, PlotConfig))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
+from inference.command import typed_config
 from inference.enable_ttt_diagnostics import DiagnosticsFile, enable_ttt_diagnostics
 from inference.session import restore_stream, save_session, session_identity
 from inference.stream import (
@@ -220,12 +221,7 @@ def _write(
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="generate")
 def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}; give them as {missing[0]}=VALUE")
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, GenerateConfig)
-    generate(typed)
+    generate(typed_config(config, GenerateConfig))
 
 
 if __name__ == "__main__":

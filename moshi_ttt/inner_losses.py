@@ -65,7 +65,7 @@ def inner_report(tokens: InnerTokens, learned: InnerWeights) -> InnerReport:
         inputs, grads = inputs_and_grads(k, target, state, tokens.norm)
         scale = tokens.step_scale[: k.shape[1], : k.shape[1]]
         etas = (_one_token_earlier(scale) * lr[:, None], scale * lr[:, None])
-        losses = [_loss(_answer_key(k, eta, inputs, grads, state, tokens.norm), target) for eta in etas]
+        losses = [_loss(answer(k, eta, inputs, grads, state, tokens.norm) - k, target) for eta in etas]
         parts.append((torch.stack(losses), _steps(lr, inputs, grads)))
         state = within(fold(inputs, grads, etas[1][:, -1], state), tokens.bound)
     before_after = torch.cat([losses for losses, _ in parts], dim=-1)
@@ -80,10 +80,8 @@ def _streamed(tokens: InnerTokens, at_start: torch.Tensor) -> InnerReport:
     state, norm = tokens.weights, tokens.norm
     scales = _one_token_earlier(tokens.step_scale)[position], tokens.step_scale[position]
     etas = [scale * pending.lr for scale in scales]
-    losses = [
-        _loss(_answer_key(tokens.k, eta[:, None], pending.inputs, pending.grads, state, norm), tokens.target)
-        for eta in etas
-    ]
+    answers = [answer(tokens.k, eta[:, None], pending.inputs, pending.grads, state, norm) for eta in etas]
+    losses = [_loss(out - tokens.k, tokens.target) for out in answers]
     nets = torch.arange(position.shape[0], device=position.device)
     inputs = [x[nets, position][:, None] for x in pending.inputs]
     grads = [g[nets, position][:, None] for g in pending.grads]
@@ -100,6 +98,7 @@ def _one_token_earlier(step_scale: torch.Tensor) -> torch.Tensor:
 
 
 def _loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`[N, T]`. The prediction is what the inner network answers to a key, the key itself not added."""
     return 0.5 * (prediction - target).square().sum(-1)
 
 
@@ -108,17 +107,6 @@ def _predict(k: torch.Tensor, weights: InnerWeights, norm: InnerNorm) -> torch.T
     for index, (weight, bias) in enumerate(zip(weights.weights, weights.biases, strict=True)):
         x = torch.baddbmm(bias, gelu(x) if index else x, weight)
     return layer_norm(x, norm)
-
-
-def _answer_key(
-    k: torch.Tensor,
-    eta: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    state: InnerWeights,
-    norm: InnerNorm,
-) -> torch.Tensor:
-    return answer(k, eta, inputs, grads, state, norm) - k  # `answer` adds its query
 
 
 def _steps(lr: torch.Tensor, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> torch.Tensor:
