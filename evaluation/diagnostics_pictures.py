@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+STEPS = "training step"
 FEW = 6  # layers that a legend can tell apart
 LOSS_LOOKS = {
     "at_start": ("at the learned weights", "tab:grey"),
@@ -43,7 +45,7 @@ class History:
         """Times of the records, and the label of their axis with its unit."""
         numbers = np.array([record[self.unit] for record in self.records[self.layers[0]]], dtype=float)
         if self.unit == "step":
-            return numbers, "training step"
+            return numbers, STEPS
         seconds = numbers / self.about.get("frame_rate", 12.5)
         if seconds[-1] > 600:
             return seconds / 60, "time in the stream (minutes)"
@@ -68,7 +70,7 @@ def _curves(figure: Figure, panels: Sequence[tuple[Axes, str, str]], history: Hi
             colour = f"C{position}" if len(layers) <= FEW else colormaps["viridis"](depth(layer))
             marker = "." if len(time) < 40 else ""
             axes.plot(time, history.values(layer, name), color=colour, marker=marker, label=f"layer {layer}")
-        axes.set_xlabel(label)
+        _label_time(axes, label)
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
     if len(layers) <= FEW:
@@ -76,6 +78,11 @@ def _curves(figure: Figure, panels: Sequence[tuple[Axes, str, str]], history: Hi
     else:
         mappable = ScalarMappable(norm=depth, cmap="viridis")
         figure.colorbar(mappable, ax=[axes for axes, _, _ in panels], label="layer")
+
+
+def _label_time(axes: Axes, label: str) -> None:
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=label == STEPS))
 
 
 def _row(count: int, width: float = 5.0, height: float = 3.8) -> tuple[Figure, list[Axes]]:
@@ -102,7 +109,7 @@ def gate(history: History) -> Figure:
     )
     figure.colorbar(mesh, ax=over_time, label="mean over channels")
     over_time.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-    over_time.set_xlabel(label)
+    _label_time(over_time, label)
     over_time.set_ylabel("layer")
     over_time.set_title("effective weight of the TTT output")
     last = {name: np.array([history.values(i, f"gate_{name}")[-1] for i in layers]) for name in _GATE}
@@ -199,7 +206,7 @@ def loss_panels(time: np.ndarray, label: str, layers: dict[int, dict[str, np.nda
             panel.plot(time, curves[name], color=colour, label=text, linewidth=1.2)
         panel.set_title(f"layer {layer}")
         panel.set_ylim(bottom=0)
-        panel.set_xlabel(label)
+        _label_time(panel, label)
         panel.set_ylabel("inner loss (1/2 squared error)")
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
