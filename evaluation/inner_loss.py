@@ -25,6 +25,7 @@ from inference.command import typed_config
 from inference.generate import choose_device
 from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.inner_losses import LOSSES, recorded_inner_losses
+from moshi_ttt.integration import context_line
 from moshi_ttt.loading import load_mimi, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def run(config: InnerLossConfig) -> Path:
         raise ValueError(f"max_recordings={config.max_recordings} leaves no recordings")
     device = choose_device(config.device)
     loaded = load_checkpoint(config.checkpoint, device)
+    logger.info("%s", context_line(loaded.model, inference=True))
     mimi, tokenizer = load_mimi(loaded.base, device), load_tokenizer(loaded.base)
     data = loaded.config["data"]
     speaker = data["main_speaker"] if data["keep_main_only"] else None

@@ -153,12 +153,14 @@ def test_losses_are_averaged_over_the_recordings_that_reach_a_position(build, ra
             assert both.layers[layer][name][5:] == pytest.approx(one[5:])
 
 
-def test_inner_losses_of_a_checkpoint(trained_run, generated, tmp_path):
+def test_inner_losses_of_a_checkpoint(trained_run, generated, tmp_path, caplog):
+    caplog.set_level("INFO", "evaluation.inner_loss")
     output = tmp_path / "inner_loss.json"
     config = InnerLossConfig(
         str(trained_run), str(SAMPLE / "train.jsonl"), str(output), duration_sec=1.6, device="cpu"
     )
     run_inner_loss(config)
+    assert "Set context: 250 → TTT layers: 25 (2 layers), Non-TTT: 50 (2 layers)" in caplog.text
     curves, about = InnerLossCurves.read(output)
     assert curves.counts == [3] * 20
     assert about["recordings"] == 3
