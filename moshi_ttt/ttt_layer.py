@@ -148,7 +148,8 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
     @torch.no_grad()
     def _init_parameters(self, inner_init: str) -> None:
         for linear in (self.wq, self.wk, self.wv, self.wo):
-            nn.init.normal_(linear.weight, std=0.02)
+            # Unit scale in, unit scale out at any width; close to the published 0.02 at Moshi's 4096.
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.learnable_ttt_lr_weight, std=0.02)
         nn.init.zeros_(self.learnable_ttt_lr_bias)

@@ -1,0 +1,107 @@
+"""Asking a trained arm: by streaming generation, and in whole passes."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+from moshi.models.lm import LMGen, LMModel
+
+from evaluation.recall.arms import Arm, forget, forgetting_at, non_causal_update
+from evaluation.recall.task import TEXT, USER_SEMANTIC, Vocabulary, draw_episodes, told_until
+from evaluation.recall.training import text_predictions
+
+_ROWS_X_FRAMES_SQUARED = 100_000_000  # attention masks and scores of one whole pass, in elements
+
+
+@dataclass
+class Scoring:
+    """What is asked.
+
+    Args:
+        pairs: pairs told in an episode; one of them is asked for.
+        distances: frames of speech between the last pair and the question, in receptive fields.
+        episodes: for each distance.
+        seed: of the episodes, the same for all arms and never used in training.
+    """
+
+    pairs: int = 6
+    distances: list[float] = field(default_factory=lambda: [0.25, 1, 2, 5, 10, 20, 50, 200])
+    episodes: int = 128
+    seed: int = 2_000_003
+
+
+@dataclass
+class Score:
+    """Shares of right answers at one distance.
+
+    Args:
+        streaming: Moshi answers, frame by frame through `LMGen`, likeliest tokens, hearing its own.
+        offline: one pass over the whole episode, the true answers given as in training.
+        same: share of frames where a whole pass over what the stream heard and said picks the token that
+            the stream picked: 1 means that streaming is offline.
+    """
+
+    streaming: float
+    offline: float
+    same: float
+
+
+def score_arm(
+    model: LMModel,
+    arm: Arm,
+    scoring: Scoring,
+    vocabulary: Vocabulary,
+    speech: torch.Tensor,
+    receptive_field: int,
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """(distance in receptive fields, its score) for each distance."""
+    for distance in scoring.distances:
+        generator = torch.Generator().manual_seed(scoring.seed)
+        frames = round(distance * receptive_field)
+        episodes = draw_episodes(vocabulary, speech, scoring.episodes, scoring.pairs, frames, 1, generator)
+        # The step after the one that hears the last value: a codebook delayed by one frame is heard two
+        # steps after it was said.
+        forget_at = told_until(scoring.pairs) + 1 if arm.reset else None
+        said = answer_stream(model, episodes.codes[:, USER_SEMANTIC:], forget_at)
+        heard = torch.cat((said, episodes.codes[:, USER_SEMANTIC:]), dim=1)
+        with non_causal_update(model) if arm.non_causal else nullcontext():
+            offline = _whole_pass(model, episodes.codes, forget_at)
+        # Where the stream said what is right, the passes over what it heard and over the truth are one.
+        again = offline.clone()
+        other = (heard != episodes.codes).flatten(1).any(1) | arm.non_causal
+        again[other] = _whole_pass(model, heard[other], forget_at)
+        same = (again == said[:, TEXT]).float().mean().item()
+        yield (
+            f"{distance:g}",
+            asdict(Score(episodes.accuracy(said[:, TEXT]), episodes.accuracy(offline), same)),
+        )
+
+
+def _whole_pass(model: LMModel, codes: torch.Tensor, forget_at: int | None) -> torch.Tensor:
+    if codes.shape[0] == 0:
+        return codes[:, TEXT]
+    rows = max(1, _ROWS_X_FRAMES_SQUARED // codes.shape[-1] ** 2)
+    with forgetting_at(model, forget_at) if forget_at is not None else nullcontext():
+        return text_predictions(model, codes, rows)
+
+
+@torch.no_grad()
+def answer_stream(model: LMModel, user: torch.Tensor, forget_at: int | None = None) -> torch.Tensor:
+    """What Moshi says to the user's codes `[B, 2, T]`, likeliest tokens, `[B, 3, T]`: text and two codebooks.
+
+    Args:
+        forget_at: the inner state is put back to the learned weights before this step of the model.
+    """
+    lm_gen = LMGen(model, use_sampling=False)
+    frames, said = user.shape[-1], []
+    with lm_gen.streaming(user.shape[0]):
+        for step in range(frames + lm_gen.max_delay):
+            if step == forget_at:
+                forget(model)
+            # LMGen's first step hears initial tokens in place of the user's, so frame 0 is given twice.
+            frame = min(max(step - 1, 0), frames - 1)
+            tokens = lm_gen.step(user[:, :, frame : frame + 1])
+            if tokens is not None:
+                said.append(tokens)
+    return torch.cat(said, dim=-1)

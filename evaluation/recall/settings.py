@@ -1,0 +1,114 @@
+"""Everything that decides a result of the benchmark."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from evaluation.recall.arms import ARMS, Size
+from evaluation.recall.scoring import Scoring
+from evaluation.recall.task import Vocabulary
+from evaluation.recall.training import Training
+
+# Raised when a change of the code changes results: stored ones of another version are not used.
+VERSION = 1
+
+
+@dataclass
+class RecallConfig:
+    """The recall benchmark."""
+
+    mode: str = "train"
+    """train: teach and ask small Moshis. report: table and figure from what is stored."""
+
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    """Which memories to compare; see evaluation/recall/arms.py."""
+
+    seeds: int = 5
+    """Repetitions: initial weights and episodes are drawn from 0 ... seeds - 1."""
+
+    workers: int = 2
+    """Jobs side by side, one CPU thread each."""
+
+    speech: str = "sample_data/audio"
+    """Folder of recordings; the tiny Mimi's codes of them are the distractors."""
+
+    store: str = "benchmarks/results/recall"
+    """Folder of finished jobs, one file each. A job that is there is not run again."""
+
+    output: str = "benchmarks/results/recall.json"
+    """The report; NAME.md (table) and NAME.png (figure) are written beside it."""
+
+    ttt: dict[str, Any] = field(
+        default_factory=lambda: {"mini_batch_size": 8, "base_lr": 8.0, "gate_init": 1.0}
+    )
+    """Settings of the TTT layers that differ from the defaults of the group `ttt`."""
+
+    size: Size = field(default_factory=Size)
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    training: Training = field(default_factory=Training)
+    scoring: Scoring = field(default_factory=Scoring)
+
+    def validate(self) -> None:
+        """Raise ValueError for what cannot work."""
+        unknown = [name for name in self.arms if name not in ARMS]
+        if unknown or not self.arms:
+            raise ValueError(f"arms must be some of {', '.join(ARMS)}; got {', '.join(self.arms) or 'none'}")
+        if self.mode not in ("train", "report"):
+            raise ValueError(f"mode must be train or report; got {self.mode!r}")
+        if self.seeds < 1 or self.workers < 1:
+            raise ValueError(f"seeds and workers must be at least 1; got {self.seeds} and {self.workers}")
+        most = max(self.training.max_pairs, self.scoring.pairs)
+        if most > self.vocabulary.keys:
+            raise ValueError(f"{most} pairs need as many keys; got vocabulary.keys={self.vocabulary.keys}")
+        if self.training.max_steps <= self.training.cooldown_steps:
+            raise ValueError(
+                f"training.max_steps must be above training.cooldown_steps={self.training.cooldown_steps}; "
+                f"got {self.training.max_steps}"
+            )
+
+
+@dataclass
+class Job:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    speech_sha256: str
+    ttt: dict[str, Any]
+    size: Size
+    vocabulary: Vocabulary
+    training: Training
+    scoring: Scoring
+    version: int = VERSION
+
+    @property
+    def asked_as(self) -> list[str]:
+        """Arms that are this one's trained model: itself, and those that only ask it in another way."""
+        return [self.arm] + [name for name, arm in ARMS.items() if arm.trained_as == self.arm]
+
+    @property
+    def file_name(self) -> str:
+        """Name of its result: the same for the same settings only."""
+        definition = asdict(self) | {"definitions": [asdict(ARMS[name]) for name in self.asked_as]}
+        digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+        return f"{self.arm}-seed{self.seed}-{digest[:12]}.json"
+
+
+def jobs_of(config: RecallConfig, speech_sha256: str) -> list[Job]:
+    """All jobs, seed by seed, so that an early stop leaves whole comparisons."""
+    trained = dict.fromkeys(ARMS[arm].trained_as or arm for arm in config.arms)
+    return [
+        Job(
+            arm,
+            seed,
+            speech_sha256,
+            config.ttt,
+            config.size,
+            config.vocabulary,
+            config.training,
+            config.scoring,
+        )
+        for seed in range(config.seeds)
+        for arm in trained
+    ]
