@@ -29,6 +29,7 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.streaming_step
+	$(BIN)/python -m benchmarks.diagnostics_overhead
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -93,6 +93,15 @@ class CheckpointConfig:
 
 
 @dataclass
+class DiagnosticsConfig:
+    """Records of what TTT does in each layer; their numbers are defined in moshi_ttt/diagnostics.py."""
+
+    every_steps: int = 100
+    """Steps between records, which go to the log, metrics.jsonl and wandb: the first step and every multiple.
+    0 means never. They are of the first micro-batch of the main process."""
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases. The API key comes from `wandb login` or WANDB_API_KEY, never from a config."""
 
@@ -126,6 +135,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     init_from: str | None = None
@@ -206,6 +216,7 @@ class TrainConfig:
         for name, value in (
             ("eval.every_steps", self.eval.every_steps),
             ("checkpoint.every_steps", self.checkpoint.every_steps),
+            ("diagnostics.every_steps", self.diagnostics.every_steps),
         ):
             if value < 0:
                 raise ValueError(f"{name} must be 0 (never) or more, got {value}")

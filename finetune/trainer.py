@@ -32,6 +32,7 @@ from finetune.run_dir import Metrics
 from finetune.validation import answer_prompt, carried_validation_loss, validation_loss
 from moshi_ttt.carried import CarriedState, forward_chunk
 from moshi_ttt.checkpoint import save_checkpoint, saved_checkpoints
+from moshi_ttt.diagnostics import Record, TTTDiagnostics, format_record
 from moshi_ttt.integration import set_activation_checkpointing
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,9 @@ class Trainer:
         if config.ttt.persistent_states:
             self.valid_chunks = ChunkEncoder(parts.encoder)
             self.carried = CarriedRows(parts.model, config.batch_size, config.num_microbatches)
+        self.diagnostics: TTTDiagnostics | None = None
+        if metrics is not None and config.ttt.enable and config.diagnostics.every_steps > 0:
+            self.diagnostics = TTTDiagnostics(parts.model, every=0, sink=self.log_diagnostics)
 
     def train(self) -> None:
         """Run all steps, with the evaluations and checkpoints that the config asks for."""
@@ -128,6 +132,7 @@ class Trainer:
         batches = [next(self.batches) for _ in range(self.config.num_microbatches)]
         fetched = time.perf_counter()
         self.optimizer.zero_grad()
+        self._diagnose_if_due()
         losses = self.forward_backward(batches)
         grad_norm = self.optimizer.clip()
         self._require_finite(losses, grad_norm, batches)
@@ -147,6 +152,19 @@ class Trainer:
             "step_sec": elapsed,
             "data_sec": fetched - started,
         }
+
+    def _diagnose_if_due(self) -> None:
+        step, every = self.step + 1, self.config.diagnostics.every_steps
+        if self.diagnostics is not None and (step == 1 or step % every == 0):
+            self.diagnostics.record_next(step)
+
+    def log_diagnostics(self, records: list[Record]) -> None:
+        """Write what diagnostics recorded of a step to metrics.jsonl, wandb and the log."""
+        assert self.metrics is not None
+        for record in records:
+            values = {key: value for key, value in record.items() if key not in ("step", "layer")}
+            self.metrics.log(record["step"], f"diagnostics/layer_{record['layer']}", values)
+            logger.info("%s", format_record(record))
 
     def forward_backward(self, batches: list[Batch]) -> torch.Tensor:
         """Gradients of the loss over all micro-batches of all processes; returns text and audio loss, `[2]`.

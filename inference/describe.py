@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
+from inference.command import typed_config
 from inference.generate import choose_device
 from moshi_ttt.checkpoint import TRAINING_CONFIG, LoadedCheckpoint, load_checkpoint
 from moshi_ttt.integration import context_line, describe
@@ -49,10 +50,8 @@ def description(loaded: LoadedCheckpoint) -> str:
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="describe")
 def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    if OmegaConf.missing_keys(config):
-        raise ValueError("missing checkpoint; give it as checkpoint=RUN")
-    device = choose_device(config.device)
-    print(description(load_checkpoint(config.checkpoint, device, config.verify)))
+    typed = typed_config(config, DescribeConfig)
+    print(description(load_checkpoint(typed.checkpoint, choose_device(typed.device), typed.verify)))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,49 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
+from inference.command import typed_config
+from inference.enable_ttt_diagnostics import DiagnosticsFile, enable_ttt_diagnostics
 from inference.session import restore_stream, save_session, session_identity
-from inference.stream import Answer, Sampling, converse, open_stream, read_recording, write_wav
+from inference.stream import (
+    Answer,
+    Sampling,
+    StepWatch,
+    converse,
+    open_stream,
+    read_recording,
+    write_wav,
+)
 from moshi_ttt.checkpoint import LoadedCheckpoint, load_checkpoint
-from moshi_ttt.integration import context_line, describe
+from moshi_ttt.finite_state import FiniteStateCheck
+from moshi_ttt.integration import context_line, describe, ttt_layers
 from moshi_ttt.loading import load_mimi, load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DiagnosticsConfig:
+    """Records of what TTT does in each layer; their numbers are defined in moshi_ttt/diagnostics.py."""
+
+    every_frames: int = 0
+    """Frames between records, which go to the log. 0 means never; 100 costs less than 1 % of the time."""
+
+    file: str | None = None
+    """JSON-lines file for the records too, which `python -m evaluation.plot_diagnostics` draws."""
+
+
+@dataclass
+class InnerStateConfig:
+    """What happens when the inner state of a TTT layer becomes NaN or infinite."""
+
+    check_every_frames: int = 100
+    """Frames between looks. 0 means never."""
+
+    restart: bool = False
+    """Go on from the learned inner weights, with empty attention windows. False stops with an error that
+    names layer and frame."""
 
 
 @dataclass
@@ -42,6 +76,8 @@ class GenerateConfig:
     """Replace outputs that exist."""
 
     sampling: Sampling = field(default_factory=Sampling)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    inner_state: InnerStateConfig = field(default_factory=InnerStateConfig)
 
     session_in: str | None = None
     """Go on with the conversation of this session file; `input` is what the user says next. Checkpoint,
@@ -84,11 +120,49 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def diagnostics_file(config: DiagnosticsConfig) -> tuple[Path, ...]:
+    """The file that records go to, if any.
+
+    Raises:
+        ValueError: settings that cannot work together.
+    """
+    if config.every_frames < 0:
+        raise ValueError(f"diagnostics.every_frames must be 0 (never) or more, got {config.every_frames}")
+    if config.file is None:
+        return ()
+    if config.every_frames == 0:
+        raise ValueError(
+            f"diagnostics.file={config.file}, but diagnostics.every_frames=0 records nothing; set "
+            "diagnostics.every_frames=100"
+        )
+    return (Path(config.file).expanduser(),)
+
+
+def step_watches(config: GenerateConfig, loaded: LoadedCheckpoint, frame_rate: float) -> list[StepWatch]:
+    """Diagnostics and the check of the inner state, as the config asks for."""
+    watches: list[StepWatch] = []
+    if config.diagnostics.every_frames > 0:
+        about = {
+            "checkpoint": str(loaded.folder),
+            "step": loaded.manifest["step"],
+            "input": config.input,
+            "frame_rate": frame_rate,
+        }
+        files = [DiagnosticsFile(path, about) for path in diagnostics_file(config.diagnostics)]
+        every = config.diagnostics.every_frames
+        watches.append(enable_ttt_diagnostics(loaded.model, every, file=files[0] if files else None))
+    if config.inner_state.check_every_frames != 0 and ttt_layers(loaded.model):
+        check = config.inner_state
+        watches.append(FiniteStateCheck(loaded.model, check.check_every_frames, check.restart))
+    return watches
+
+
 def generate(config: GenerateConfig) -> Answer:
     """Restore the checkpoint, answer the input, write the files."""
     files = output_files(config.output)
     session_out = None if config.session_out is None else Path(config.session_out).expanduser()
     written = files if session_out is None else (*files, session_out)
+    written += diagnostics_file(config.diagnostics)
     existing = [str(path) for path in written if path.exists()]
     if existing and not config.overwrite:
         raise ValueError(f"{', '.join(existing)} exists; choose another output or set overwrite=true")
@@ -102,7 +176,8 @@ def generate(config: GenerateConfig) -> Answer:
     tokenizer = load_tokenizer(loaded.base)
     identity = session_identity(loaded, config.sampling)
     started = time.perf_counter()
-    with open_stream(loaded.model, mimi, config.sampling) as stream:
+    watches = step_watches(config, loaded, mimi.frame_rate)
+    with open_stream(loaded.model, mimi, config.sampling, watches) as stream:
         if config.session_in is not None:
             restore_stream(config.session_in, stream, identity)
         start_sec = stream.answered / mimi.frame_rate
@@ -146,12 +221,7 @@ def _write(
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="generate")
 def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}; give them as {missing[0]}=VALUE")
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, GenerateConfig)
-    generate(typed)
+    generate(typed_config(config, GenerateConfig))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def save_session(path: Path, stream: Stream, identity: dict[str, str]) -> None:
         stream: the conversation.
         identity: what it was held with, see `session_identity`.
     """
+    stream.finish_watches()  # what they refuse is not worth a file
     tensors = {f"noise.{device}": state for device, state in stream.noise.items()}
     tensors |= {"frames": torch.tensor(stream.frames), "unanswered": stream.unanswered.clone()}
     for part, module in _streaming_parts(stream).items():

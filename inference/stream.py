@@ -1,10 +1,11 @@
 """Moshi answering a recording, frame by frame through Mimi and LMGen."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -37,6 +38,18 @@ class Sampling:
 
     seed: int = 0
     """Same seed, settings and input: same answer."""
+
+
+class StepWatch(Protocol):
+    """Something that looks on while a model streams, such as `TTTDiagnostics` and `FiniteStateCheck`."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Context for each step of the model."""
+        ...
+
+    def finish(self) -> None:
+        """Called after the last step, or before the state is saved, while the streaming state lives."""
+        ...
 
 
 @dataclass
@@ -128,6 +141,7 @@ class Stream:
         lm_gen (LMGen): streaming.
         mimi (MimiModel): streaming, on the same device.
         seed (int): of the noise that tokens are drawn with.
+        watches (Sequence[StepWatch]): what looks on.
     Attributes:
         frames (int): frames of the user that Moshi has heard.
         unanswered (torch.Tensor): the user's samples `[n]` from the first that no frame of Moshi's has
@@ -136,11 +150,12 @@ class Stream:
             stream's own: what else draws random numbers in the process neither disturbs it nor is disturbed.
     """
 
-    def __init__(self, lm_gen: LMGen, mimi: MimiModel, seed: int):
+    def __init__(self, lm_gen: LMGen, mimi: MimiModel, seed: int, watches: Sequence[StepWatch] = ()):
         # As in all of Moshi's models; what follows the first step relies on it.
         assert lm_gen.max_delay >= 1, f"max_delay {lm_gen.max_delay}"
         self.lm_gen = lm_gen
         self.mimi = mimi
+        self.watches = watches
         self.frames = 0
         self.unanswered = torch.zeros(0)
         with self._fork_noise():
@@ -193,13 +208,20 @@ class Stream:
         return self._step(codes)
 
     def _step(self, codes: torch.Tensor) -> torch.Tensor | None:
-        with self._fork_noise():
+        with self._fork_noise(), ExitStack() as stack:
             torch.set_rng_state(self.noise["cpu"])
             if "cuda" in self.noise:
                 torch.cuda.set_rng_state(self.noise["cuda"], self.device)
+            for watch in self.watches:
+                stack.enter_context(watch.step())
             tokens = self.lm_gen.step(codes)
             self.noise = self._global_noise()
         return tokens
+
+    def finish_watches(self) -> None:
+        """Let what looks on judge all steps so far."""
+        for watch in self.watches:
+            watch.finish()
 
     def _global_noise(self) -> dict[str, torch.Tensor]:
         noise = {"cpu": torch.get_rng_state()}
@@ -213,13 +235,16 @@ class Stream:
 
 
 @contextmanager
-def open_stream(model: LMModel, mimi: MimiModel, sampling: Sampling) -> Iterator[Stream]:
+def open_stream(
+    model: LMModel, mimi: MimiModel, sampling: Sampling, watches: Sequence[StepWatch] = ()
+) -> Iterator[Stream]:
     """A new conversation. Without gradients; the process's random generators are left as they were.
 
     Args:
         model: in evaluation mode, not streaming.
         mimi: the codec, not streaming, on the same device.
         sampling: how tokens are drawn.
+        watches: what looks on, to the end.
     """
     lm_gen = LMGen(
         model,
@@ -230,7 +255,9 @@ def open_stream(model: LMModel, mimi: MimiModel, sampling: Sampling) -> Iterator
         top_k_text=sampling.top_k_text,
     )
     with torch.no_grad(), mimi.streaming(1), lm_gen.streaming(1):
-        yield Stream(lm_gen, mimi, sampling.seed)
+        stream = Stream(lm_gen, mimi, sampling.seed, watches)
+        yield stream
+        stream.finish_watches()
 
 
 def answer(
@@ -240,6 +267,7 @@ def answer(
     recording: torch.Tensor,
     sampling: Sampling,
     progress: bool = False,
+    watches: Sequence[StepWatch] = (),
 ) -> Answer:
     """Stream a recording of the user through Moshi and collect its answer.
 
@@ -252,8 +280,9 @@ def answer(
         recording: the user's samples `[n]` at Mimi's rate.
         sampling: how tokens are drawn.
         progress: show a bar with the real-time factor.
+        watches: what looks on.
     """
-    with open_stream(model, mimi, sampling) as stream:
+    with open_stream(model, mimi, sampling, watches) as stream:
         return converse(stream, tokenizer, recording, progress=progress)
 
 

@@ -15,8 +15,9 @@ from hydra.core.config_store import ConfigStore
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from moshi.utils.compile import no_cuda_graph
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
+from inference.command import typed_config
 from inference.generate import choose_device
 from inference.stream import Sampling, open_stream, read_recording
 from moshi_ttt.checkpoint import load_checkpoint
@@ -117,11 +118,8 @@ def verify_persistence(config: VerifyPersistenceConfig) -> list[LayerVerdict]:
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="verify_persistence")
 def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
-    if OmegaConf.missing_keys(config):
-        raise ValueError("missing checkpoint; give it as checkpoint=RUN")
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, VerifyPersistenceConfig)
-    if any(v.verdict is not Verdict.PERSISTS for v in verify_persistence(typed)):
+    verdicts = verify_persistence(typed_config(config, VerifyPersistenceConfig))
+    if any(v.verdict is not Verdict.PERSISTS for v in verdicts):
         sys.exit(NOT_ALL_PERSIST)
 
 

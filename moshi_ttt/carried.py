@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.delays import Steps, frames_before, shift_codes
 from moshi_ttt.hybrid_layer import HybridStreamingTransformerLayer
-from moshi_ttt.inner_loop import InnerWeights
+from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.integration import temporal_attentions, ttt_layers
 
 

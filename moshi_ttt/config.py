@@ -48,6 +48,18 @@ class TTTConfig:
     """Target of the inner loss: True normalises v - k over the head and applies the inner LayerNorm's
     weight and bias; False takes v - k as it is (TTT-LM)."""
 
+    max_inner_change: float | None = 3.0
+    """Keeps the inner state of an endless stream bounded: after each mini-batch, a head's inner layer that is
+    further than this from its learned start is drawn back to that distance (Frobenius norm of the difference
+    of weight and bias together). The unit is the norm of a matrix that gives outputs of unit scale. It
+    depends on the layer's widths alone, not on what was learned: sqrt(d_in x d_out) for the layer that reads
+    the keys, whose norm is 1 (the only layer of ttt_linear: the head width), and sqrt(d_out) for the later
+    layers of ttt_mlp. The "scaled" start of ttt_mlp has a norm of 1 unit, that of ttt_linear 0.02. Learning
+    2,000 random tokens with base_lr 8 and head width 32 (128) moves ttt_linear by 0.45 (0.11) units and the
+    last layer of ttt_mlp by 1.9 (1.2). Without a bound, the LayerNorm in the inner loss, whose gradient is
+    orthogonal to its input, lets the last layer grow with the fourth root of time: with default settings it
+    passes 3 after 40 minutes of noise or speech (docs/inner_state_100k_frames.png). None sets no bound."""
+
     learned_token_scale: bool = False
     """Learn an offset to the step scale 1 / (position + 1) of each position in a mini-batch."""
 
@@ -90,6 +102,11 @@ class TTTConfig:
         _at_least("ttt.mini_batch_size", self.mini_batch_size, 1)
         _at_least("ttt.base_lr", self.base_lr, 0)
         _at_least("ttt.scan_checkpoint_group_size", self.scan_checkpoint_group_size, 0)
+        if self.max_inner_change is not None and not self.max_inner_change > 0:
+            raise ValueError(
+                f"ttt.max_inner_change must be above 0, or null for no bound; got {self.max_inner_change} "
+                "(ttt.base_lr=0 freezes the inner model)"
+            )
         if self.ssm_layer == "ttt_mlp":
             _at_least("ttt.ttt_mlp_layers", self.ttt_mlp_layers, 2, "use ssm_layer=ttt_linear for one layer")
         for name in ("num_heads", "ttt_layer_context", "non_ttt_layer_context"):

@@ -4,6 +4,7 @@ import abc
 import logging
 import math
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from moshi.modules.transformer import RMSNorm, StreamingTransformerLayer
@@ -11,8 +12,9 @@ from moshi.utils.compile import no_compile
 from torch import nn
 
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.inner_loop import InnerWeights
-from moshi_ttt.ttt_layer import Float32Module, TTTWrapper
+from moshi_ttt.float32 import Float32Module
+from moshi_ttt.inner_weights import InnerWeights
+from moshi_ttt.ttt_layer import TTTWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,13 @@ class Gate(Float32Module, abc.ABC):
         """Effective weight of the TTT output, `[C]`."""
 
     @abc.abstractmethod
+    def parts(self, update: torch.Tensor, ttt_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention's update a and the TTT output m add to the residual stream, `[B, T, C]` each."""
+
     def forward(self, x: torch.Tensor, update: torch.Tensor, ttt_out: torch.Tensor) -> torch.Tensor:
         """Join x, attention's update a and the TTT output m, all `[B, T, C]`."""
+        attention, ttt = self.parts(update, ttt_out)
+        return x + attention + ttt
 
 
 class ResidualGate(Gate):
@@ -44,8 +51,8 @@ class ResidualGate(Gate):
     def ttt_weight(self) -> torch.Tensor:
         return torch.tanh(self.alpha)
 
-    def forward(self, x: torch.Tensor, update: torch.Tensor, ttt_out: torch.Tensor) -> torch.Tensor:
-        return x + update + self.ttt_weight().to(ttt_out.dtype) * ttt_out
+    def parts(self, update: torch.Tensor, ttt_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return update, self.ttt_weight().to(ttt_out.dtype) * ttt_out
 
 
 class ConvexGate(Gate):
@@ -57,9 +64,9 @@ class ConvexGate(Gate):
     def ttt_weight(self) -> torch.Tensor:
         return 1 - torch.sigmoid(self.alpha)
 
-    def forward(self, x: torch.Tensor, update: torch.Tensor, ttt_out: torch.Tensor) -> torch.Tensor:
+    def parts(self, update: torch.Tensor, ttt_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.ttt_weight()
-        return x + (1 - weight).to(update.dtype) * update + weight.to(ttt_out.dtype) * ttt_out
+        return (1 - weight).to(update.dtype) * update, weight.to(ttt_out.dtype) * ttt_out
 
 
 class HybridSeqModelingBlock(nn.Module):
@@ -114,8 +121,23 @@ class HybridStreamingTransformerLayer(nn.Module):
             "TTT-Linear" if config.inner_layers == 1 else "TTT-MLP",
             config.inner_layers,
         )
+        self.layer_id = layer_id
+        self.diagnostic_history: list[dict[str, Any]] | None = None
         self.original_layer = original_layer
         self.seq_modeling_block = HybridSeqModelingBlock(attention.embed_dim, attention.num_heads, config)
+
+    def get_diagnostic_history(self) -> list[dict[str, Any]]:
+        """What diagnostics recorded of this layer, oldest first (see `moshi_ttt.diagnostics`).
+
+        Raises:
+            ValueError: no history is kept.
+        """
+        if self.diagnostic_history is None:
+            raise ValueError(
+                f"layer {self.layer_id} keeps no diagnostic history; call "
+                "enable_ttt_diagnostics(model, log_frequency=100, track_history=True) first"
+            )
+        return self.diagnostic_history
 
     def forward(self, x: torch.Tensor, cross_attention_src: torch.Tensor | None = None) -> torch.Tensor:
         """`[B, T, C]` to `[B, T, C]`, as the original layer's forward with the TTT branch added."""

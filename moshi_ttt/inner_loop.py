@@ -29,30 +29,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from moshi_ttt.inner_weights import InnerBound, InnerWeights, pulled_back, within
+
 LAYER_NORM_EPS = 1e-6
-
-
-@dataclass
-class InnerWeights:
-    """Weights of the inner network, one set for each batch row and head: N = B * H, heads innermost.
-
-    Kept in float32 whatever the model's dtype: over 4,000 tokens a bfloat16 state is off by 1e-2.
-
-    Args:
-        weights: n tensors `[N, d_in, d_out]`.
-        biases: n tensors `[N, 1, d_out]`.
-    """
-
-    weights: tuple[torch.Tensor, ...]
-    biases: tuple[torch.Tensor, ...]
-
-    def __post_init__(self) -> None:
-        assert len(self.weights) == len(self.biases) >= 1
-        assert all(w.dtype in (torch.float32, torch.float64) for w in self.weights), "inner state is float32"
-
-    def detach(self) -> "InnerWeights":
-        """The same values without their history."""
-        return InnerWeights(tuple(w.detach() for w in self.weights), tuple(b.detach() for b in self.biases))
 
 
 @dataclass
@@ -203,13 +182,14 @@ def _dual_mini_batch(
     state: InnerWeights,
     norm: InnerNorm,
     step_scale: torch.Tensor,
+    bound: InnerBound | None,
 ) -> tuple[torch.Tensor, InnerWeights]:
-    """One mini-batch of at most K tokens: outputs `[N, T, D]` and the weights after its last token."""
+    """One mini-batch of at most K tokens: outputs `[N, T, D]` and the weights to go on with."""
     length = q.shape[1]
     inputs, grads = inputs_and_grads(k, target, state, norm)
     eta = step_scale[:length, :length] * lr[:, None, :]
     out = answer(q, eta, inputs, grads, state, norm)
-    return out, fold(inputs, grads, eta[:, -1], state)
+    return out, within(fold(inputs, grads, eta[:, -1], state), bound)
 
 
 def _scan(
@@ -220,13 +200,14 @@ def _scan(
     state: InnerWeights,
     norm: InnerNorm,
     step_scale: torch.Tensor,
+    bound: InnerBound | None,
 ) -> tuple[torch.Tensor, InnerWeights]:
     size = step_scale.shape[0]
     outs = []
     for tokens in zip(
         q.split(size, 1), k.split(size, 1), target.split(size, 1), lr.split(size, 1), strict=True
     ):
-        out, state = _dual_mini_batch(*tokens, state, norm, step_scale)
+        out, state = _dual_mini_batch(*tokens, state, norm, step_scale, bound)
         outs.append(out)
     return torch.cat(outs, dim=1), state
 
@@ -240,6 +221,7 @@ def inner_loop(
     norm: InnerNorm,
     step_scale: torch.Tensor,
     checkpoint_group_size: int = 0,
+    bound: InnerBound | None = None,
 ) -> tuple[torch.Tensor, InnerWeights]:
     """Run the inner learner over a sequence that starts at a mini-batch edge (dual form).
 
@@ -250,19 +232,20 @@ def inner_loop(
         norm: LayerNorm of the inner loss.
         step_scale: see `step_scale`, `[K, K]`; its size is the mini-batch size.
         checkpoint_group_size: mini-batches recomputed together in backward; 0 keeps all activations.
+        bound: the weights are drawn back into it after each mini-batch; None lets them go anywhere.
     Returns:
         Outputs `[N, T, D]` and the weights W(T - 1). T need not be a multiple of K, but only a
         sequence cut at a mini-batch edge can be continued from the returned weights.
     """
     group = checkpoint_group_size * step_scale.shape[0]
     if group == 0 or not torch.is_grad_enabled() or q.shape[1] <= group:
-        return _scan(q, k, target, lr, state, norm, step_scale)
+        return _scan(q, k, target, lr, state, norm, step_scale, bound)
     outs = []
     for tokens in zip(
         q.split(group, 1), k.split(group, 1), target.split(group, 1), lr.split(group, 1), strict=True
     ):
         out, state = checkpoint(
-            _scan, *tokens, state, norm, step_scale, use_reentrant=False, preserve_rng_state=False
+            _scan, *tokens, state, norm, step_scale, bound, use_reentrant=False, preserve_rng_state=False
         )  # type: ignore[misc]
         outs.append(out)
     return torch.cat(outs, dim=1), state
@@ -298,12 +281,17 @@ def inner_step(
 
 
 def fold_finished(
-    finished: torch.Tensor | None, state: InnerWeights, pending: PendingUpdates, step_scale: torch.Tensor
+    finished: torch.Tensor | None,
+    state: InnerWeights,
+    pending: PendingUpdates,
+    step_scale: torch.Tensor,
+    bound: InnerBound | None = None,
 ) -> None:
     """Add the pending updates to the weights where a mini-batch is complete, in place.
 
     Args:
         finished: where the last token of a mini-batch has just been done, `[N]`; None: everywhere.
+        bound: the weights are drawn back into it; None lets them go anywhere.
     """
 
     def counted(x: torch.Tensor) -> torch.Tensor:
@@ -316,6 +304,14 @@ def fold_finished(
         # One fused pass over the weights: they are the largest thing that streaming moves.
         weight.baddbmm_(counted(x).transpose(1, 2), scaled, alpha=-1)
         bias.sub_(scaled.sum(dim=1, keepdim=True))
+    if bound is None:
+        return
+    for layer, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True)):
+        pulled = pulled_back(weight, bias, layer, bound, ask=weight.device.type == "cpu")
+        for now, new in zip((weight, bias), pulled, strict=True):
+            if new is not now:
+                # Where no mini-batch has ended, rounding could move what lies on the surface.
+                now.copy_(new if finished is None else torch.where(finished[:, None, None], new, now))
 
 
 def effective_weights(

@@ -191,6 +191,7 @@ def live_settings(model: LMModel) -> dict[str, Any]:
             "mini_batch_size": ttt.mini_batch_size,
             "base_lr": ttt.base_lr,
             "normalize_target": ttt.normalize_target,
+            "max_inner_change": ttt.max_inner_change,
             "learned_token_scale": ttt.token_scale_offset is not None,
             "rope": ttt.rope.tolist(),
             "scan_checkpoint_group_size": ttt.checkpoint_group_size,

@@ -4,8 +4,9 @@
     [TTT-INNER-UPDATE] Layer 29 Position 4: W1_change=0.00420000, W2_change=0.00350000
     [TTT-SCAN-OUTPUT] Layer 29 Token 4: W1_change=0.00420000, W2_change=0.00350000 (kept for the next call)
 
-All numbers are of the effective weights: those that a token is answered with, the updates of its unfinished
-mini-batch included, of all rows and heads together. Hashes that change from token to token persist; hashes
+All numbers are of the effective weights, of all rows and heads together: those that a token is answered with,
+the updates of its unfinished mini-batch included; at the end of a mini-batch, drawn back into
+`ttt.max_inner_change`. Hashes that change from token to token persist; hashes
 that stay, or come back, do not. Reading is done by forward hooks, so a model without them runs the same code.
 """
 
@@ -18,7 +19,8 @@ import torch
 from moshi.models.lm import LMModel
 from torch import nn
 
-from moshi_ttt.inner_loop import InnerWeights, effective_weights, fold, inputs_and_grads
+from moshi_ttt.inner_loop import effective_weights, fold, inputs_and_grads
+from moshi_ttt.inner_weights import InnerWeights, within
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.ttt_layer import TTTBase, TTTState
 
@@ -36,7 +38,7 @@ def offline_weights(ttt: TTTBase, x: torch.Tensor) -> Iterator[tuple[int, InnerW
     norm, scale = ttt.norm(x.shape[0]), ttt.step_scale()
     positions = torch.arange(x.shape[1], device=x.device)[None] % ttt.mini_batch_size
     _, k, target, lr = ttt.project(x, positions, norm)
-    weights = ttt.initial_weights(x.shape[0])
+    weights, bound = ttt.initial_weights(x.shape[0]), ttt.bound(ttt.initial_weights(1))
     for start in range(0, x.shape[1], ttt.mini_batch_size):
         end = min(start + ttt.mini_batch_size, x.shape[1])
         inputs, grads = inputs_and_grads(k[:, start:end], target[:, start:end], weights, norm)
@@ -44,6 +46,8 @@ def offline_weights(ttt: TTTBase, x: torch.Tensor) -> Iterator[tuple[int, InnerW
         for position in range(end - start):
             step = scale[position, : end - start] * lr[:, start:end]
             answered = fold(inputs, grads, step, weights)
+            if position + 1 == ttt.mini_batch_size:
+                answered = within(answered, bound)
             yield start + position, answered
         weights = answered
 

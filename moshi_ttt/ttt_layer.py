@@ -5,6 +5,7 @@ around the inner learner follow ttt-video-dit (arXiv 2504.05298), made causal.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from moshi_ttt.config import TTTConfig
+from moshi_ttt.float32 import Float32Module
 from moshi_ttt.inner_loop import (
     LAYER_NORM_EPS,
     InnerNorm,
-    InnerWeights,
     PendingUpdates,
     fold_finished,
     inner_loop,
@@ -25,6 +26,7 @@ from moshi_ttt.inner_loop import (
     layer_norm,
     step_scale,
 )
+from moshi_ttt.inner_weights import InnerBound, InnerWeights
 from moshi_ttt.projection import Projection
 
 logger = logging.getLogger(__name__)
@@ -32,27 +34,29 @@ logger = logging.getLogger(__name__)
 _NORM_EPS = 1e-12  # as F.normalize has it
 
 
-def keep_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Let `nn.Module._apply` move tensors between devices, but not change their dtype."""
+@dataclass
+class InnerTokens:
+    """What the inner learner is about to learn from, and the weights it has: for those who look on.
 
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        result = fn(tensor)
-        return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-    return moved
-
-
-class Float32Module(nn.Module):
-    """A module whose own parameters and buffers stay float32 whatever dtype the model is cast to.
-
-    Its children are cast as usual.
+    Args:
+        k, target: `[N, T, D]`; T is 1 in streaming.
+        lr: `[N, T]`.
+        weights: at the start of the sequence, or of the mini-batch in streaming.
+        norm, step_scale: of the inner loop.
+        bound: of the weights over the sequence; None in streaming, and where there is none.
+        pending: streaming: the updates of the mini-batch, this token's included; else None.
+        position: streaming: the token's position in its mini-batch, `[N]`; else None.
     """
 
-    def _apply(self, fn, recurse: bool = True):
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        return super()._apply(keep_float32(fn), recurse=False)
+    k: torch.Tensor
+    target: torch.Tensor
+    lr: torch.Tensor
+    weights: InnerWeights
+    norm: InnerNorm
+    step_scale: torch.Tensor
+    bound: InnerBound | None = None
+    pending: PendingUpdates | None = None
+    position: torch.Tensor | None = None
 
 
 @dataclass
@@ -96,16 +100,20 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         num_heads (int): TTT heads.
         head_dim (int): width of a head.
         config (TTTConfig): the other settings.
+    Attributes:
+        observer: called with every `InnerTokens` while diagnostics record a step; None otherwise.
     """
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, config: TTTConfig):
         super().__init__()
+        self.observer: Callable[[InnerTokens], None] | None = None
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.mini_batch_size = config.mini_batch_size
         self.base_lr = config.base_lr
         self.normalize_target = config.normalize_target
+        self.max_inner_change = config.max_inner_change
         self.checkpoint_group_size = config.scan_checkpoint_group_size
         self.inner_dims = self._inner_dims(head_dim, config)
         width = num_heads * head_dim
@@ -220,6 +228,21 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             tuple(map(pick, learned.biases, carried.biases)),
         )
 
+    def bound(self, learned: InnerWeights) -> InnerBound | None:
+        """How far the inner weights may go from the learned ones, of one row; None for anywhere."""
+        if self.max_inner_change is None:
+            return None
+        return InnerBound(
+            learned,
+            tuple(self.max_inner_change * self.unit_norm(layer) for layer in range(len(learned.weights))),
+        )
+
+    def unit_norm(self, layer: int) -> float:
+        """Norm per head of an inner weight whose outputs have unit scale: the unit of `max_inner_change`."""
+        width_in, width_out = self.inner_dims[layer : layer + 2]
+        # Keys have norm 1; what later layers read has unit scale.
+        return math.sqrt(width_out if layer else width_in * width_out)
+
     def _nets(self, rows: torch.Tensor) -> torch.Tensor:
         """A value for each row `[B]` to one for each row and head `[N]`."""
         return rows[:, None].expand(-1, self.num_heads).flatten()
@@ -282,9 +305,11 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         """
         norm = self.norm(x.shape[0])
         positions = torch.arange(x.shape[1], device=x.device)[None] % self.mini_batch_size
-        out, end = inner_loop(
-            *self.project(x, positions, norm), start, norm, self.step_scale(), self.checkpoint_group_size
-        )
+        q, k, target, lr = self.project(x, positions, norm)
+        scale, bound = self.step_scale(), self.bound(self.initial_weights(1))
+        if self.observer is not None:
+            self.observer(InnerTokens(k, target, lr, start, norm, scale, bound))
+        out, end = inner_loop(q, k, target, lr, start, norm, scale, self.checkpoint_group_size, bound)
         return self._output(out, x.dtype), end
 
     @torch.no_grad()
@@ -307,14 +332,14 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
     @torch.no_grad()
     def _step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
         """One frame `[B, 1, C]` of every row's stream."""
-        out = inner_step(
-            *self.project(x, state.position[:, None], state.norm),
-            self._nets(state.position),
-            state.inner,
-            state.pending,
-            state.norm,
-            state.step_scale,
-        )
+        q, k, target, lr = self.project(x, state.position[:, None], state.norm)
+        nets = self._nets(state.position)
+        out = inner_step(q, k, target, lr, nets, state.inner, state.pending, state.norm, state.step_scale)
+        if self.observer is not None:
+            constants = state.norm, state.step_scale
+            self.observer(
+                InnerTokens(k, target, lr, state.inner, *constants, pending=state.pending, position=nets)
+            )
         state.position.add_(state.exec_mask)
         self._finish_mini_batches(state)
         return self._output(out, x.dtype)
@@ -328,7 +353,7 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             nets = None if finished.all() else self._nets(finished)
         else:
             nets = self._nets(finished)
-        fold_finished(nets, state.inner, state.pending, state.step_scale)
+        fold_finished(nets, state.inner, state.pending, state.step_scale, self.bound(state.initial))
         state.position.masked_fill_(finished, 0)
 
 

@@ -13,7 +13,8 @@ from moshi.models.lm import LMModel
 from torch import nn
 
 from moshi_ttt.hybrid_layer import Gate
-from moshi_ttt.inner_loop import InnerWeights, PendingUpdates, effective_weights, inner_step
+from moshi_ttt.inner_loop import PendingUpdates, effective_weights, inner_step
+from moshi_ttt.inner_weights import InnerWeights, within
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.persistence import stream_weights
 from moshi_ttt.ttt_layer import TTTBase
@@ -92,6 +93,9 @@ class _Memory:
         nets = ttt._nets(self.position)
         out = inner_step(q, k, target, lr, nets, self.inner, self.pending, norm, scale)
         weights = effective_weights(nets + 1, self.inner, self.pending, scale)
+        if bool((self.position + 1 == ttt.mini_batch_size).all()):
+            # Here the layer folds the updates in, and draws the weights back.
+            weights = within(weights, ttt.bound(ttt.initial_weights(1)))
         return weights, ttt._output(out, x.dtype), lr.max().item()
 
 

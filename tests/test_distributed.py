@@ -72,7 +72,8 @@ def test_one_process_writes(runs):
     one, two, printed = runs
     assert sorted(path.name for path in two.parent.iterdir()) == ["one", "two"]
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
-    assert len((two / "metrics.jsonl").read_text().splitlines()) == 3 + 2
+    # Steps, evaluations, and the diagnostics of two layers in the first step.
+    assert len((two / "metrics.jsonl").read_text().splitlines()) == 3 + 2 + 2
     for once in ("step 3/3 loss", "Set attention context: TTT layers=25", "done: "):
         assert printed.count(once) == 1
     assert (two / "train.log").read_text().count("step 3/3 loss") == 1

@@ -5,7 +5,6 @@ import torch
 
 from moshi_ttt.inner_loop import (
     InnerNorm,
-    InnerWeights,
     PendingUpdates,
     effective_weights,
     fold_finished,
@@ -13,6 +12,7 @@ from moshi_ttt.inner_loop import (
     inner_step,
     step_scale,
 )
+from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.reference import reference_inner_loop
 

@@ -21,11 +21,23 @@ from moshi_ttt.persistence import enable_ttt_persistence_logging, stream_weights
 from moshi_ttt.verdict import PersistenceProbe, Verdict
 
 K = 4  # the mini-batch of `build`
-KINDS = [{"ssm_layer": "ttt_linear"}, {}, {"ttt_mlp_layers": 3}]
+TIGHT = {"max_inner_change": 0.01}  # mini-batches end on the bound
+KINDS = [{"ssm_layer": "ttt_linear"}, {}, {"ttt_mlp_layers": 3}, TIGHT]
 
 
 def inner_layer(model, index):
     return dict(ttt_layers(model))[index].seq_modeling_block.ttt_layer.ttt
+
+
+def weights_after(ttt, inputs):
+    """Weights that the last token of a sequence leaves, drawn back where a whole mini-batch ends."""
+    edge = inputs[0].shape[1] // K * K
+    parts = [[x[:, :edge] for x in inputs], [x[:, edge:] for x in inputs]]
+    weights, bound = ttt.initial_weights(1), ttt.bound(ttt.initial_weights(1))
+    for part, limit in zip(parts, (bound, None), strict=True):
+        if part[0].shape[1]:
+            _, weights = inner_loop(*part, weights, ttt.norm(1), ttt.step_scale(), bound=limit)
+    return weights
 
 
 def lines(caplog, tag, layer=1):
@@ -90,7 +102,7 @@ def test_streaming_logs_the_weights_that_each_token_is_answered_with(build, rand
         assert numbers(checks[token], "hash") == hashes
         x = torch.cat(calls[: token + 1], dim=1)
         inputs = ttt.project(x, torch.arange(token + 1)[None] % K, ttt.norm(1))
-        after = inner_loop(*inputs, ttt.initial_weights(1), ttt.norm(1), ttt.step_scale())[1].weights
+        after = weights_after(ttt, inputs).weights
         for live, exact in zip(weights[token], after, strict=True):
             assert torch.allclose(live, exact, atol=1e-5)
         changes = [(b - a).norm().item() for a, b in zip(before, after, strict=True)]
@@ -320,6 +332,17 @@ def test_a_planted_fault_is_named(run_dir, plant, verdict, why):
     assert re.search(why, verdicts[1].why), verdicts[1]
     if plant is not learned_nan:  # which spreads
         assert verdicts[2].verdict is Verdict.PERSISTS, verdicts[2]
+
+
+@torch.no_grad()
+def test_weights_that_the_bound_draws_back_persist(build, tiny_base):
+    model = build(**TIGHT)
+    recording = torch.from_numpy(dialogue(4)[14400 : 14400 + 15 * 1920, 1].copy())  # 4 mini-batches
+    verdicts = stream_verdicts(model, load_mimi(tiny_base, "cpu"), recording, Sampling())
+    assert [v.verdict for v in verdicts] == [Verdict.PERSISTS] * 2, verdicts
+    inner_layer(model, 1).max_inner_change = None
+    free = stream_verdicts(model, load_mimi(tiny_base, "cpu"), recording, Sampling())
+    assert free[0].drift > 1.5 * verdicts[0].drift, "the bound of this test is not idle"
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"gate": "convex"}, {"learned_token_scale": True}])

@@ -18,6 +18,7 @@ VARIANTS = {
     "no look back at all": {"ttt_layer_context": 1, "non_ttt_layer_context": 1},
     "one inner layer": {"ssm_layer": "ttt_linear", "ttt_layer_context": 6, "non_ttt_layer_context": 14},
     "plain layers": {"enable": False, "layers": "none", "non_ttt_layer_context": 9},
+    "on the bound": {"max_inner_change": 0.01, "ttt_layer_context": 5, "non_ttt_layer_context": 9},
     "convex gate": {"gate": "convex", "ttt_layer_context": 5, "learned_token_scale": True},
 }
 

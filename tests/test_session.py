@@ -23,7 +23,7 @@ FRAME = 1920
 LENGTH = 26 * FRAME - 700
 CUT = 11 * FRAME + 801
 SAMPLING = Sampling(seed=5)
-SHORT = {"ttt_layer_context": 5, "non_ttt_layer_context": 7}  # the rings wrap
+SHORT = {"ttt_layer_context": 5, "non_ttt_layer_context": 7, "max_inner_change": 0.05}  # the rings wrap
 
 
 @pytest.fixture(scope="module")

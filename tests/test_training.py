@@ -79,7 +79,7 @@ def test_the_same_seed_is_the_same_run_and_another_seed_is_not(tmp_path):
     settings = ("max_steps=5", "eval.every_steps=2", "eval.max_clips=2")
     runs = [run(tmp_path / name, *settings, f"seed={seed}") for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     first, second, other = map(without_timing, runs)
-    assert len(first) == 5 + 3
+    assert len(first) == 5 + 3 + 2  # steps, evaluations, diagnostics of two layers in the first step
     assert first == second
     assert losses(runs[0]) != losses(runs[2])
     assert first[0].keys() == other[0].keys()
