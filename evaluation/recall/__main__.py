@@ -8,12 +8,13 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from evaluation.recall.report import write_report
 from evaluation.recall.running import run_jobs, stored_results
 from evaluation.recall.settings import RecallConfig, jobs_of
 from evaluation.recall.speech import speech_codes
+from inference.command import typed_config
 
 ConfigStore.instance().store(name="recall_schema", node=RecallConfig)
 logger = logging.getLogger(__name__)
@@ -27,8 +28,7 @@ def digest_of(codes: torch.Tensor) -> str:
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="recall")
 def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, RecallConfig)
+    typed = typed_config(config, RecallConfig)
     typed.validate()
     codes = speech_codes(Path(typed.speech), typed.vocabulary.speech)
     jobs = jobs_of(typed, digest_of(codes))
