@@ -56,6 +56,11 @@ def test_training_imports_of_inference_the_stream_alone():
     assert forbidden_imports("finetune", {"benchmarks"}) == []
 
 
+def test_evaluation_imports_of_training_the_data_and_the_loss_alone():
+    assert forbidden_imports("evaluation", {"finetune"}, allowed=("finetune.data", "finetune.loss")) == []
+    assert forbidden_imports("evaluation", {"benchmarks"}) == []
+
+
 def test_nothing_imports_evaluation():
     rooms = [room for room in ROOMS if room != "evaluation"]
     assert [found for room in rooms for found in forbidden_imports(room, {"evaluation"})] == []

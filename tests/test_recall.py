@@ -31,8 +31,9 @@ from evaluation.recall.task import (
     draw_episodes,
     told_until,
 )
-from evaluation.recall.training import Training, text_predictions, train_arm
+from evaluation.recall.training import Training, _backward_in_chunks, text_predictions, train_arm
 from evaluation.statistics import mean_interval
+from finetune.loss import LossWeights, loss_sums, weighted_targets
 
 VOCABULARY = Vocabulary(speech=32, keys=8, values=4)
 SIZE = Size(dim=32, num_layers=2, num_heads=2, window_frames=5)
@@ -145,6 +146,19 @@ def test_a_memory_learns_what_a_window_cannot(speech):
     assert accuracy["attention_window"] <= 0.5  # chance is 0.25
 
 
+@pytest.mark.parametrize("carry", [True, False])
+def test_training_on_chunks_adds_up_to_the_episode_where_nothing_is_cut(episodes, carry):
+    model = model_of(Arm("ttt_linear"))
+    targets = weighted_targets(model, episodes.codes, LossWeights(1.0, 0.01))
+    totals = targets.totals().float()
+    whole = loss_sums(model(episodes.codes), targets) / totals
+    one_chunk = _backward_in_chunks(model, episodes.codes, totals, 40, carry)
+    # Of audio, the frame that fills up the chunk lets the last frame's delayed code be scored as well.
+    assert (one_chunk - whole)[TEXT].abs() <= 1e-5
+    two_chunks = _backward_in_chunks(model, episodes.codes, totals, 24, carry)
+    assert ((two_chunks - whole)[TEXT].abs() <= 1e-5) == carry
+
+
 def test_jobs_are_run_once_and_reported(tmp_path, speech, capsys):
     config = RecallConfig(
         arms=["attention_window", "ttt_mlp", "state_reset"],
@@ -214,6 +228,7 @@ def test_speech_is_real_and_varied():
         ({"seeds": 0}, "at least 1"),
         ({"scoring": Scoring(pairs=40)}, "as many keys"),
         ({"training": Training(max_steps=100, cooldown_steps=100)}, "above"),
+        ({"training": Training(chunk_frames=50)}, "whole number of mini-batches of 8"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, message):

@@ -43,6 +43,8 @@ class Arm:
         full_context: attention sees everything.
         ttt: settings of `TTTConfig` that differ from the benchmark's.
         non_causal: train with the update that sees the future of its mini-batch (to show the leak).
+        carry: train on chunks of an episode, each continuing from the state of the one before (True:
+            persistent training) or from the learned weights (False). None: on whole episodes.
         reset: forget the inner state after the last pair, at evaluation.
         trained_as: the arm whose trained model this one evaluates, if not its own.
     """
@@ -52,6 +54,7 @@ class Arm:
     full_context: bool = False
     ttt: dict[str, Any] = field(default_factory=dict)
     non_causal: bool = False
+    carry: bool | None = None
     reset: bool = False
     trained_as: str | None = None
 
@@ -65,6 +68,8 @@ ARMS = {
     "inner_lr_0": Arm("ttt_mlp", ttt={"base_lr": 0.0}),
     "state_reset": Arm("ttt_mlp", reset=True, trained_as="ttt_mlp"),
     "non_causal": Arm("ttt_mlp", non_causal=True),
+    "persistent_on": Arm("ttt_mlp", carry=True),
+    "persistent_off": Arm("ttt_mlp", carry=False),
 }
 _LARGEST = Arm("ttt_mlp", depth=3)
 FULL_CONTEXT = 1 << 12  # frames; longer than any episode

@@ -18,6 +18,8 @@ _LABELS = {
     "inner_lr_0": ("TTT-MLP, inner learning rate 0", "tab:purple", "--"),
     "state_reset": ("TTT-MLP, state reset", "tab:brown", "--"),
     "non_causal": ("TTT-MLP, trained non-causally", "tab:red", ":"),
+    "persistent_on": ("TTT-MLP, trained on chunks, state carried", "tab:cyan", "-."),
+    "persistent_off": ("TTT-MLP, trained on chunks, state dropped", "tab:pink", "-."),
 }
 
 

@@ -5,10 +5,11 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from evaluation.recall.arms import ARMS, Size
+from evaluation.recall.arms import ARMS, Arm, Size
 from evaluation.recall.scoring import Scoring
 from evaluation.recall.task import Vocabulary
 from evaluation.recall.training import Training
+from moshi_ttt.config import TTTConfig
 
 # Raised when a change of the code changes results: stored ones of another version are not used.
 VERSION = 1
@@ -61,6 +62,12 @@ class RecallConfig:
         most = max(self.training.max_pairs, self.scoring.pairs)
         if most > self.vocabulary.keys:
             raise ValueError(f"{most} pairs need as many keys; got vocabulary.keys={self.vocabulary.keys}")
+        k = self.ttt.get("mini_batch_size", TTTConfig().mini_batch_size)
+        if self.training.chunk_frames % k:
+            raise ValueError(
+                f"training.chunk_frames must be a whole number of mini-batches of {k}; got "
+                f"{self.training.chunk_frames}"
+            )
         if self.training.max_steps <= self.training.cooldown_steps:
             raise ValueError(
                 f"training.max_steps must be above training.cooldown_steps={self.training.cooldown_steps}; "
@@ -90,9 +97,15 @@ class Job:
     @property
     def file_name(self) -> str:
         """Name of its result: the same for the same settings only."""
-        definition = asdict(self) | {"definitions": [asdict(ARMS[name]) for name in self.asked_as]}
+        definition = asdict(self) | {"definitions": [_differences(ARMS[name]) for name in self.asked_as]}
         digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
         return f"{self.arm}-seed{self.seed}-{digest[:12]}.json"
+
+
+def _differences(arm: Arm) -> dict[str, Any]:
+    """What an arm is, in the fields that are not at their defaults: a new field changes no stored result."""
+    plain = asdict(Arm())
+    return {name: value for name, value in asdict(arm).items() if value != plain[name]}
 
 
 def jobs_of(config: RecallConfig, speech_sha256: str) -> list[Job]:

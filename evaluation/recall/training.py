@@ -1,6 +1,6 @@
 """Teaching one arm to recall."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from evaluation.recall.arms import Arm, non_causal_update
 from evaluation.recall.task import TEXT, Episodes, Vocabulary, draw_episodes
-from finetune.loss import LossWeights, loss_sums, weighted_targets
-from moshi_ttt.carried import forward_chunk
+from finetune.loss import LossWeights, loss_sums, weighted_chunk_targets, weighted_targets
+from moshi_ttt.carried import forward_chunk, fresh_state
 
 # Padding is nine tenths of the text stream; at full weight it would drown the answers.
 _WEIGHTS = LossWeights(first_codebook=1.0, text_padding=0.01)
@@ -34,6 +34,9 @@ class Training:
     warmup_steps: int = 50
     cooldown_steps: int = 300
     """The rate falls to 0 over these, once what is asked is learned or `max_steps` leave no more."""
+
+    chunk_frames: int = 48
+    """Length of the chunks of an episode, for the arms that train on chunks."""
 
     learned: float = 0.995
     """Share of right answers at which the cooldown begins."""
@@ -61,17 +64,20 @@ def text_predictions(model: LMModel, codes: torch.Tensor, rows: int = 64) -> tor
     A pass carries its state from chunk to chunk: the attention scores of a whole episode in one piece take
     memory and time with the square of its length.
     """
-    frames = codes.shape[-1]
-    # Without a code there is no embedding and no target; what follows the last frame changes nothing.
-    codes = F.pad(codes, (0, -frames % _CHUNK_FRAMES), value=model.zero_token_id)
     predictions = []
     for part in codes.split(rows):
         carried, tokens = None, []
-        for chunk in part.split(_CHUNK_FRAMES, dim=-1):
+        for chunk in _chunks(model, part, _CHUNK_FRAMES):
             output, carried = forward_chunk(model, chunk, carried)
             tokens.append(output.text_logits[:, 0].argmax(-1))
         predictions.append(torch.cat(tokens, dim=1))
-    return torch.cat(predictions)[:, :frames]
+    return torch.cat(predictions)[:, : codes.shape[-1]]
+
+
+def _chunks(model: LMModel, codes: torch.Tensor, chunk_frames: int) -> Sequence[torch.Tensor]:
+    """Codes `[B, 5, T]` in equal chunks; the last is filled up with no code: no embedding and no target."""
+    padding = -codes.shape[-1] % chunk_frames
+    return F.pad(codes, (0, padding), value=model.zero_token_id).split(chunk_frames, dim=-1)
 
 
 def train_arm(
@@ -106,7 +112,8 @@ def train_arm(
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * _rate(step, training, cooldown_at)
             episodes = _episodes(training, vocabulary, speech, generator)
-            losses.append(_train_step(model, optimizer, episodes))
+            chunk_frames = None if arm.carry is None else training.chunk_frames
+            losses.append(_train_step(model, optimizer, episodes, chunk_frames, arm.carry is True))
             step += 1
             on_step(step, losses[-1])
             if step % _CHECK_EVERY == 0 and step < cooldown_at:
@@ -140,14 +147,38 @@ def _episodes(
     return draw_episodes(vocabulary, speech, batch, pairs, distance, questions, generator)
 
 
-def _train_step(model: LMModel, optimizer: torch.optim.Optimizer, episodes: Episodes) -> float:
+def _train_step(
+    model: LMModel,
+    optimizer: torch.optim.Optimizer,
+    episodes: Episodes,
+    chunk_frames: int | None,
+    carry: bool,
+) -> float:
     targets = weighted_targets(model, episodes.codes, _WEIGHTS)
-    totals = targets.totals().float()
-    means = loss_sums(model(episodes.codes), targets) / totals
     optimizer.zero_grad()
-    means.sum().backward()
+    if chunk_frames is None:
+        means = loss_sums(model(episodes.codes), targets) / targets.totals().float()
+        means.sum().backward()
+    else:
+        means = _backward_in_chunks(model, episodes.codes, targets.totals().float(), chunk_frames, carry)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.isfinite(norm):
         raise RuntimeError("the gradient became NaN or infinite; lower learning_rate or ttt.base_lr")
     optimizer.step()
     return means[TEXT].item()
+
+
+def _backward_in_chunks(
+    model: LMModel, codes: torch.Tensor, totals: torch.Tensor, chunk_frames: int, carry: bool
+) -> torch.Tensor:
+    """Gradients of the mean losses `[2]` over an episode, cut at the edges of chunks; returns the losses."""
+    means = torch.zeros(2)
+    carried = None
+    for chunk in _chunks(model, codes, chunk_frames):
+        carried = carried if carry and carried is not None else fresh_state(model, codes.shape[0])
+        targets = weighted_chunk_targets(model, chunk, carried, _WEIGHTS)
+        output, carried = forward_chunk(model, chunk, carried)
+        loss = loss_sums(output, targets) / totals
+        loss.sum().backward()
+        means += loss.detach()
+    return means
