@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from evaluation.recall.running import run_jobs, stored_results
 from evaluation.recall.scoring import Scoring, answer_stream, score_arm
 from evaluation.recall.settings import RecallConfig, jobs_of
 from evaluation.recall.speech import speech_codes
+from evaluation.recall.studies import STUDIES, Variant, varied
+from evaluation.recall.study_report import write_study
 from evaluation.recall.task import (
     MOSHI_SEMANTIC,
     PADDING,
@@ -200,6 +203,42 @@ def test_jobs_are_run_once_and_reported(tmp_path, speech, capsys):
     assert other.file_name not in {job.file_name for job in jobs}
 
 
+def test_a_study_varies_what_it_names_and_nothing_else(tmp_path, speech):
+    config = RecallConfig(
+        seeds=1,
+        ttt=dict(SETTINGS),
+        size=SIZE,
+        vocabulary=VOCABULARY,
+        training=Training(max_steps=4, cooldown_steps=2, batch_size=4),
+        scoring=Scoring(pairs=2, distances=[10], episodes=4),
+    )
+    before = asdict(config)
+    variant = Variant("narrow", {"ttt.num_heads": 1, "scoring.capacity_pairs": [1, 3]}, ("ttt_linear",))
+    narrow = varied(config, variant)
+    assert asdict(config) == before
+    assert narrow.ttt == SETTINGS | {"num_heads": 1}
+    assert narrow.scoring.capacity_pairs == [1, 3]
+    jobs = jobs_of(narrow, "of this speech")
+    run_jobs(jobs, speech, tmp_path / "store", workers=1)
+    results = {"narrow": stored_results(jobs, tmp_path / "store")}
+    table = write_study(results, narrow, tmp_path / "study.json")
+    entry = json.loads((tmp_path / "study.json").read_text())["narrow"]["ttt_linear"]
+    assert set(entry["capacity"]) == {"1", "3"}
+    assert "| narrow | TTT-Linear | 1 | 4 |" in table
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("study", ["ablation", "capacity"])
+def test_every_variant_of_a_study_is_a_model_that_can_be_built(study):
+    variants = [(v.name, varied(RecallConfig(), v)) for v in STUDIES[study]()]
+    assert len({name for name, _ in variants}) == len(variants) >= 3
+    assert len({repr(asdict(config)) for _, config in variants}) == len(variants)
+    for _, config in variants:
+        for arm in config.arms:
+            with torch.device("meta"):
+                build_arm(ARMS[arm], config.size, config.vocabulary, config.ttt, 0)
+
+
 def test_the_interval_is_students():
     interval = mean_interval([0.1, 0.2, 0.3, 0.4], 0.0, 1.0)
     half = 3.182446 * math.sqrt(0.05 / 3) / 2  # t of 3 degrees of freedom
@@ -226,6 +265,7 @@ def test_speech_is_real_and_varied():
         ({"arms": ["memory"]}, "arms must be some of"),
         ({"mode": "learn"}, "mode must be"),
         ({"seeds": 0}, "at least 1"),
+        ({"study": "depth"}, "study must be"),
         ({"scoring": Scoring(pairs=40)}, "as many keys"),
         ({"training": Training(max_steps=100, cooldown_steps=100)}, "above"),
         ({"training": Training(chunk_frames=50)}, "whole number of mini-batches of 8"),

@@ -14,6 +14,8 @@ from evaluation.recall.report import write_report
 from evaluation.recall.running import run_jobs, stored_results
 from evaluation.recall.settings import RecallConfig, jobs_of
 from evaluation.recall.speech import speech_codes
+from evaluation.recall.studies import STUDIES, varied
+from evaluation.recall.study_report import write_study
 from inference.command import typed_config
 
 ConfigStore.instance().store(name="recall_schema", node=RecallConfig)
@@ -25,20 +27,52 @@ def digest_of(codes: torch.Tensor) -> str:
     return hashlib.sha256(codes.contiguous().numpy().tobytes()).hexdigest()
 
 
+def report_table(config: RecallConfig, codes: torch.Tensor) -> str:
+    """Run what is missing, if asked to, and write the comparison of the arms."""
+    jobs = jobs_of(config, digest_of(codes))
+    if config.mode == "train":
+        run_jobs(jobs, codes, Path(config.store), config.workers)
+    results = stored_results(jobs, Path(config.store))
+    if not results:
+        raise ValueError(f"no result of these settings is in {config.store}; run with mode=train first")
+    return write_report(results, config)
+
+
+def report_study(config: RecallConfig, codes: torch.Tensor) -> str:
+    """The same for the variants of a study."""
+    variants = [(variant.name, varied(config, variant)) for variant in STUDIES[config.study]()]
+    jobs = {name: jobs_of(other, digest_of(codes)) for name, other in variants}
+    if config.mode == "train":
+        run_jobs(
+            [job for several in jobs.values() for job in several], codes, Path(config.store), config.workers
+        )
+    stored = {name: stored_results(several, Path(config.store)) for name, several in jobs.items()}
+    asked = dict(variants)
+    results = {
+        name: {arm: runs for arm, runs in arms.items() if arm in asked[name].arms}
+        for name, arms in stored.items()
+        if arms
+    }
+    if not results:
+        raise ValueError(f"no result of this study is in {config.store}; run with mode=train first")
+    return write_study(results, config, study_output(config))
+
+
+def study_output(config: RecallConfig) -> Path:
+    """Where the report goes."""
+    output = Path(config.output)
+    return output if config.study == "table" else output.with_stem(f"{output.stem}_{config.study}")
+
+
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="recall")
 def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     typed = typed_config(config, RecallConfig)
     typed.validate()
     codes = speech_codes(Path(typed.speech), typed.vocabulary.speech)
-    jobs = jobs_of(typed, digest_of(codes))
-    if typed.mode == "train":
-        run_jobs(jobs, codes, Path(typed.store), typed.workers)
-    results = stored_results(jobs, Path(typed.store))
-    if not results:
-        raise ValueError(f"no result of these settings is in {typed.store}; run with mode=train first")
-    logger.info("%s", write_report(results, typed))
-    logger.info("wrote %s, .md and .png", typed.output)
+    report = report_table if typed.study == "table" else report_study
+    logger.info("%s", report(typed, codes))
+    logger.info("wrote %s, .md and .png", study_output(typed))
 
 
 if __name__ == "__main__":

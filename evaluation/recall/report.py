@@ -1,15 +1,16 @@
 """Table, figure and numbers of the benchmark."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from evaluation.recall.settings import RecallConfig
-from evaluation.statistics import Interval, mean_interval
+from evaluation.statistics import mean_interval
 
-_LABELS = {
+LABELS = {
     "attention_window": ("attention, short window", "0.45", "-"),
     "attention_full": ("attention, full context", "black", "-"),
     "ttt_linear": ("TTT-Linear", "tab:blue", "-"),
@@ -52,15 +53,15 @@ def _summarize_arm(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _interval(results: list[dict[str, Any]], distance: str, kind: str) -> Interval:
-    return mean_interval([result["scores"][distance][kind] for result in results], 0.0, 1.0)
+def interval_of(shares: list[float]) -> list[float | None]:
+    """[mean, low, high] of shares over seeds; low and high are None for one seed alone."""
+    interval = mean_interval(shares, 0.0, 1.0)
+    values = (interval.mean, interval.low, interval.high)
+    return [None if math.isnan(value) else round(value, 4) for value in values]
 
 
 def _row(results: list[dict[str, Any]], distance: str, kind: str) -> list[float | None]:
-    """[mean, low, high]; low and high are None for one seed alone."""
-    interval = _interval(results, distance, kind)
-    values = (interval.mean, interval.low, interval.high)
-    return [None if value != value else round(value, 4) for value in values]
+    return interval_of([result["scores"][distance][kind] for result in results])
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -72,12 +73,13 @@ def table(summary: dict[str, Any]) -> str:
         "| --- | --- |" + " --- |" * len(distances),
     ]
     for name, arm in arms.items():
-        cells = [_cell(arm["streaming"][d]) for d in distances]
-        lines.append(f"| {_LABELS[name][0]} | {summary['seeds'][name]} | " + " | ".join(cells) + " |")
+        cells = [per_cent(arm["streaming"][d]) for d in distances]
+        lines.append(f"| {LABELS[name][0]} | {summary['seeds'][name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(row: list[float | None]) -> str:
+def per_cent(row: list[float | None]) -> str:
+    """Mean and interval as text."""
     mean, low, high = row
     assert mean is not None
     if low is None or high is None:
@@ -91,7 +93,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     reach = summary["receptive_field_frames"]
     for name, arm in summary["arms"].items():
-        label, color, style = _LABELS[name]
+        label, color, style = LABELS[name]
         distances = [float(d) for d in arm["streaming"]]
         rows = list(arm["streaming"].values())
         axes.plot(distances, [100 * r[0] for r in rows], style, color=color, marker="o", ms=4, label=label)

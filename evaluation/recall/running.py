@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluation.recall.arms import ARMS, build_arm, parameters
-from evaluation.recall.scoring import score_arm
+from evaluation.recall.scoring import capacity, score_arm
 from evaluation.recall.settings import Job
 from evaluation.recall.training import train_arm
 
@@ -97,6 +97,7 @@ def _run(job: Job, speech: torch.Tensor, store: Path, steps: Queue) -> dict[str,
             name: dict(score_arm(model, ARMS[name], job.scoring, job.vocabulary, speech, reach))
             for name in job.asked_as
         },
+        "capacity": dict(capacity(model, job.scoring, job.vocabulary, speech, reach)),
         "seconds": round(time.perf_counter() - started, 1),
         "torch": torch.__version__,
     }

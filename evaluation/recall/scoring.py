@@ -19,12 +19,15 @@ class Scoring:
     """What is asked.
 
     Args:
+        capacity_pairs: numbers of pairs that are also told, each at `capacity_distance`, to see how many fit.
         pairs: pairs told in an episode; one of them is asked for.
         distances: frames of speech between the last pair and the question, in receptive fields.
         episodes: for each distance.
         seed: of the episodes, the same for all arms and never used in training.
     """
 
+    capacity_pairs: list[int] = field(default_factory=list)
+    capacity_distance: float = 10
     pairs: int = 6
     distances: list[float] = field(default_factory=lambda: [0.25, 1, 2, 5, 10, 20, 50, 200])
     episodes: int = 128
@@ -76,6 +79,18 @@ def score_arm(
             f"{distance:g}",
             asdict(Score(episodes.accuracy(said[:, TEXT]), episodes.accuracy(offline), same)),
         )
+
+
+def capacity(
+    model: LMModel, scoring: Scoring, vocabulary: Vocabulary, speech: torch.Tensor, receptive_field: int
+) -> Iterator[tuple[str, float]]:
+    """(pairs told, share of right answers in streaming) for each of `capacity_pairs`."""
+    frames = round(scoring.capacity_distance * receptive_field)
+    for pairs in scoring.capacity_pairs:
+        generator = torch.Generator().manual_seed(scoring.seed)
+        episodes = draw_episodes(vocabulary, speech, scoring.episodes, pairs, frames, 1, generator)
+        said = answer_stream(model, episodes.codes[:, USER_SEMANTIC:])
+        yield str(pairs), episodes.accuracy(said[:, TEXT])
 
 
 def _whole_pass(model: LMModel, codes: torch.Tensor, forget_at: int | None) -> torch.Tensor:

@@ -22,6 +22,10 @@ class RecallConfig:
     mode: str = "train"
     """train: teach and ask small Moshis. report: table and figure from what is stored."""
 
+    study: str = "table"
+    """table: the arms. ablation: one setting of the TTT layers changed at a time. capacity: how many pairs
+    fit. What the studies vary is in evaluation/recall/studies.py."""
+
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     """Which memories to compare; see evaluation/recall/arms.py."""
 
@@ -38,7 +42,8 @@ class RecallConfig:
     """Folder of finished jobs, one file each. A job that is there is not run again."""
 
     output: str = "benchmarks/results/recall.json"
-    """The report; NAME.md (table) and NAME.png (figure) are written beside it."""
+    """The report; NAME.md (table) and NAME.png (figure) are written beside it. Studies have their name
+    added: NAME_ablation.json."""
 
     ttt: dict[str, Any] = field(
         default_factory=lambda: {"mini_batch_size": 8, "base_lr": 8.0, "gate_init": 1.0}
@@ -57,13 +62,15 @@ class RecallConfig:
             raise ValueError(f"arms must be some of {', '.join(ARMS)}; got {', '.join(self.arms) or 'none'}")
         if self.mode not in ("train", "report"):
             raise ValueError(f"mode must be train or report; got {self.mode!r}")
+        if self.study not in ("table", "ablation", "capacity"):
+            raise ValueError(f"study must be table, ablation or capacity; got {self.study!r}")
         if self.seeds < 1 or self.workers < 1:
             raise ValueError(f"seeds and workers must be at least 1; got {self.seeds} and {self.workers}")
-        most = max(self.training.max_pairs, self.scoring.pairs)
+        most = max(self.training.max_pairs, self.scoring.pairs, *self.scoring.capacity_pairs)
         if most > self.vocabulary.keys:
             raise ValueError(f"{most} pairs need as many keys; got vocabulary.keys={self.vocabulary.keys}")
         k = self.ttt.get("mini_batch_size", TTTConfig().mini_batch_size)
-        if self.training.chunk_frames % k:
+        if any(ARMS[arm].carry is not None for arm in self.arms) and self.training.chunk_frames % k:
             raise ValueError(
                 f"training.chunk_frames must be a whole number of mini-batches of {k}; got "
                 f"{self.training.chunk_frames}"
