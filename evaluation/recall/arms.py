@@ -45,7 +45,7 @@ class Arm:
         non_causal: train with the update that sees the future of its mini-batch (to show the leak).
         carry: train on chunks of an episode, each continuing from the state of the one before (True:
             persistent training) or from the learned weights (False). None: on whole episodes.
-        reset: forget the inner state after the last pair, at evaluation.
+        reset: forget the inner state when the question comes, at evaluation.
         trained_as: the arm whose trained model this one evaluates, if not its own.
     """
 

@@ -82,8 +82,13 @@ def _run(job: Job, speech: torch.Tensor, store: Path, steps: Queue) -> dict[str,
     started = time.perf_counter()
     arm = ARMS[job.arm]
 
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+
     def on_step(step: int, _: float) -> None:
         if step % _REPORT_EVERY == 0:
+            if not starter.is_alive():
+                raise RuntimeError("the benchmark was stopped; its worker stops too")
             steps.put(_REPORT_EVERY)
 
     model = build_arm(arm, job.size, job.vocabulary, job.ttt, job.seed)

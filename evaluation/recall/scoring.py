@@ -27,9 +27,9 @@ class Scoring:
     """
 
     capacity_pairs: list[int] = field(default_factory=list)
-    capacity_distance: float = 10
+    capacity_distance: float = 10.0
     pairs: int = 6
-    distances: list[float] = field(default_factory=lambda: [0.25, 1, 2, 5, 10, 20, 50, 200])
+    distances: list[float] = field(default_factory=lambda: [0.25, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 200.0])
     episodes: int = 128
     seed: int = 2_000_003
 
@@ -63,9 +63,9 @@ def score_arm(
         generator = torch.Generator().manual_seed(scoring.seed)
         frames = round(distance * receptive_field)
         episodes = draw_episodes(vocabulary, speech, scoring.episodes, scoring.pairs, frames, 1, generator)
-        # The step after the one that hears the last value: a codebook delayed by one frame is heard two
-        # steps after it was said.
-        forget_at = told_until(scoring.pairs) + 1 if arm.reset else None
+        # The step that hears the question's first frame. Earlier, the layers could learn again from what
+        # attention still sees of the pairs.
+        forget_at = told_until(scoring.pairs) + frames + 1 if arm.reset else None
         said = answer_stream(model, episodes.codes[:, USER_SEMANTIC:], forget_at)
         heard = torch.cat((said, episodes.codes[:, USER_SEMANTIC:]), dim=1)
         with non_causal_update(model) if arm.non_causal else nullcontext():
