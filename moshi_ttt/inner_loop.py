@@ -22,24 +22,13 @@ the weights of its last token.
 Everything here is float32 (or float64 in tests): see `InnerWeights`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from moshi_ttt.inner_weights import InnerBound, InnerWeights, pulled_back, within
-
-LAYER_NORM_EPS = 1e-6
-
-
-@dataclass
-class InnerNorm:
-    """The LayerNorm of the inner loss: `weight` and `bias` `[N, 1, D]`, one for each row and head."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
+from moshi_ttt.dual_form import Rules, Tokens, dual_form
+from moshi_ttt.inner_network import InnerNorm, answer, fold, key_pass
+from moshi_ttt.inner_weights import InnerBound, InnerWeights, pulled_back
 
 
 @dataclass
@@ -89,129 +78,6 @@ def step_scale(token_scale: torch.Tensor) -> torch.Tensor:
     return torch.tril(token_scale[:, None].expand(-1, token_scale.shape[0]))
 
 
-def layer_norm(x: torch.Tensor, norm: InnerNorm) -> torch.Tensor:
-    """LayerNorm over the last axis with one weight and bias for each row and head, `[N, T, D]`."""
-    return torch.addcmul(norm.bias, F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), norm.weight)
-
-
-def layer_norm_l2_grad(z: torch.Tensor, target: torch.Tensor, norm: InnerNorm) -> torch.Tensor:
-    """Gradient of `1/2 || LN(z) - target ||^2` with respect to z, `[N, T, D]`."""
-    width = z.shape[-1:]
-    normed, mean, inv_std = torch.native_layer_norm(z, width, None, None, LAYER_NORM_EPS)
-    grad = torch.addcmul(norm.bias - target, normed, norm.weight) * norm.weight
-    # Torch's own backward kernels: fused, and differentiable for the outer loss.
-    return torch.ops.aten.native_layer_norm_backward(
-        grad, z, width, mean, inv_std, None, None, [True, False, False]
-    )[0]
-
-
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU in its tanh form."""
-    return F.gelu(x, approximate="tanh")
-
-
-def gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`grad` times the derivative of `gelu` at x."""
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-
-
-def _back_through(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """`grad W^T`, `[N, T, d_in]`: the gradient `[N, T, d_out]` at a layer's input."""
-    if grad.shape[1] == 1:
-        # The same product, with the weight read in its own order: less than half the time for one token.
-        return torch.bmm(weight, grad.transpose(1, 2)).view(grad.shape[0], 1, -1)
-    return torch.bmm(grad, weight.transpose(1, 2))
-
-
-def inputs_and_grads(
-    k: torch.Tensor, target: torch.Tensor, state: InnerWeights, norm: InnerNorm
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """X and G of every layer for keys `[N, T, D]`, at the weights of `state`."""
-    inputs, outputs = [k], []
-    for index, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True)):
-        outputs.append(torch.baddbmm(bias, inputs[-1], weight))
-        if index + 1 < len(state.weights):
-            inputs.append(gelu(outputs[-1]))
-    grads = [layer_norm_l2_grad(outputs[-1], target, norm)]
-    for weight, hidden in zip(reversed(state.weights[1:]), reversed(outputs[:-1]), strict=True):
-        grads.append(gelu_backward(_back_through(weight, grads[-1]), hidden))
-    return inputs, grads[::-1]
-
-
-def answer(
-    q: torch.Tensor,
-    eta: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    state: InnerWeights,
-    norm: InnerNorm,
-) -> torch.Tensor:
-    """Outputs for queries `[N, T, D]`, each with its own weights W(t), without forming them.
-
-    Args:
-        eta: `[N, T, S]`, step size that token s contributes to the weights of token t; 0 hides it.
-        inputs, grads: X and G of the S tokens, for every layer.
-    """
-    x = q
-    for index, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True)):
-        if index > 0:
-            x = gelu(x)
-        # eta (x X^T + 1): the 1 is the input of the bias.
-        steps = torch.addcmul(eta, torch.bmm(x, inputs[index].transpose(1, 2)), eta)
-        x = torch.baddbmm(torch.baddbmm(bias, x, weight), steps, grads[index], alpha=-1)
-    return q + layer_norm(x, norm)
-
-
-def fold(
-    inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], step: torch.Tensor, state: InnerWeights
-) -> InnerWeights:
-    """Weights after the updates of S tokens with step sizes `[N, S]` (c times lr)."""
-    weights, biases = [], []
-    for x, g, weight, bias in zip(inputs, grads, state.weights, state.biases, strict=True):
-        scaled = step[..., None] * g
-        weights.append(torch.baddbmm(weight, x.transpose(1, 2), scaled, alpha=-1))
-        biases.append(bias - scaled.sum(dim=1, keepdim=True))
-    return InnerWeights(tuple(weights), tuple(biases))
-
-
-def _dual_mini_batch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    target: torch.Tensor,
-    lr: torch.Tensor,
-    state: InnerWeights,
-    norm: InnerNorm,
-    step_scale: torch.Tensor,
-    bound: InnerBound | None,
-) -> tuple[torch.Tensor, InnerWeights]:
-    """One mini-batch of at most K tokens: outputs `[N, T, D]` and the weights to go on with."""
-    length = q.shape[1]
-    inputs, grads = inputs_and_grads(k, target, state, norm)
-    eta = step_scale[:length, :length] * lr[:, None, :]
-    out = answer(q, eta, inputs, grads, state, norm)
-    return out, within(fold(inputs, grads, eta[:, -1], state), bound)
-
-
-def _scan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    target: torch.Tensor,
-    lr: torch.Tensor,
-    state: InnerWeights,
-    norm: InnerNorm,
-    step_scale: torch.Tensor,
-    bound: InnerBound | None,
-) -> tuple[torch.Tensor, InnerWeights]:
-    size = step_scale.shape[0]
-    outs = []
-    for tokens in zip(
-        q.split(size, 1), k.split(size, 1), target.split(size, 1), lr.split(size, 1), strict=True
-    ):
-        out, state = _dual_mini_batch(*tokens, state, norm, step_scale, bound)
-        outs.append(out)
-    return torch.cat(outs, dim=1), state
-
-
 def inner_loop(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -237,18 +103,8 @@ def inner_loop(
         Outputs `[N, T, D]` and the weights W(T - 1). T need not be a multiple of K, but only a
         sequence cut at a mini-batch edge can be continued from the returned weights.
     """
-    group = checkpoint_group_size * step_scale.shape[0]
-    if group == 0 or not torch.is_grad_enabled() or q.shape[1] <= group:
-        return _scan(q, k, target, lr, state, norm, step_scale, bound)
-    outs = []
-    for tokens in zip(
-        q.split(group, 1), k.split(group, 1), target.split(group, 1), lr.split(group, 1), strict=True
-    ):
-        out, state = checkpoint(
-            _scan, *tokens, state, norm, step_scale, bound, use_reentrant=False, preserve_rng_state=False
-        )  # type: ignore[misc]
-        outs.append(out)
-    return torch.cat(outs, dim=1), state
+    tokens, rules = Tokens(q, k, target, lr), Rules(norm, step_scale, bound)
+    return dual_form(tokens, state, rules, checkpoint_group_size)
 
 
 def inner_step(
@@ -274,8 +130,8 @@ def inner_step(
     Returns:
         `[N, 1, D]`. The caller advances the positions and calls `fold_finished`.
     """
-    inputs, grads = inputs_and_grads(k, target, state, norm)
-    pending.write(position, inputs, grads, lr)
+    keys = key_pass(k, target, state, norm)
+    pending.write(position, keys.inputs, keys.grads, lr)
     eta = step_scale[position] * pending.lr
     return answer(q, eta[:, None], pending.inputs, pending.grads, state, norm)
 

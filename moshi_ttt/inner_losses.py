@@ -17,14 +17,7 @@ from dataclasses import dataclass
 import torch
 from moshi.models.lm import LMModel
 
-from moshi_ttt.inner_loop import (
-    InnerNorm,
-    answer,
-    fold,
-    gelu,
-    inputs_and_grads,
-    layer_norm,
-)
+from moshi_ttt.inner_network import InnerNorm, answer, fold, gelu, key_pass, layer_norm
 from moshi_ttt.inner_weights import InnerWeights, within
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.ttt_layer import InnerTokens, TTTBase
@@ -62,7 +55,8 @@ def inner_report(tokens: InnerTokens, learned: InnerWeights) -> InnerReport:
     size, state, parts = tokens.step_scale.shape[0], tokens.weights, []
     splits = zip(*(x.split(size, 1) for x in (tokens.k, tokens.target, tokens.lr)), strict=True)
     for k, target, lr in splits:
-        inputs, grads = inputs_and_grads(k, target, state, tokens.norm)
+        keys = key_pass(k, target, state, tokens.norm)
+        inputs, grads = keys.inputs, keys.grads
         scale = tokens.step_scale[: k.shape[1], : k.shape[1]]
         etas = (_one_token_earlier(scale) * lr[:, None], scale * lr[:, None])
         losses = [_loss(answer(k, eta, inputs, grads, state, tokens.norm) - k, target) for eta in etas]

@@ -51,16 +51,14 @@ def pulled_back(
     Args:
         ask: look whether any is outside before working on all: less work, but the host waits for the answer.
     """
-    heads, radius = bound.center.weights[layer].shape[0], bound.radii[layer]
-    changes = [
-        now.unflatten(0, (-1, heads)) - start
-        for now, start in ((weight, bound.center.weights[layer]), (bias, bound.center.biases[layer]))
-    ]
-    square = sum(change.square().sum(dim=(-2, -1), keepdim=True) for change in changes)
-    assert isinstance(square, torch.Tensor)
+    radius = bound.radii[layer]
+    if ask:
+        with torch.no_grad():  # no graph of what changes nothing
+            _, square = _distance(weight, bias, layer, bound)
+        if not (square > radius**2).any():
+            return weight, bias
+    changes, square = _distance(weight, bias, layer, bound)
     outside = (square > radius**2).flatten(0, 1)  # NaN is not: it stays to be seen
-    if ask and not outside.any():
-        return weight, bias
     # The clamp keeps the root's gradient finite where nothing has changed.
     shrink = radius * square.clamp(min=radius**2).rsqrt()
 
@@ -73,12 +71,27 @@ def pulled_back(
     )
 
 
+def _distance(
+    weight: torch.Tensor, bias: torch.Tensor, layer: int, bound: InnerBound
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Changes of weight and bias since the center, `[B, H, ...]`, and their square norm, `[B, H, 1, 1]`."""
+    heads = bound.center.weights[layer].shape[0]
+    changes = [
+        now.unflatten(0, (-1, heads)) - start
+        for now, start in ((weight, bound.center.weights[layer]), (bias, bound.center.biases[layer]))
+    ]
+    square = changes[0].square().sum(dim=(-2, -1), keepdim=True)
+    return changes, square + changes[1].square().sum(dim=(-2, -1), keepdim=True)
+
+
 def within(state: InnerWeights, bound: InnerBound | None) -> InnerWeights:
-    """The weights, in the ball of `bound`."""
+    """The weights, in the ball of `bound`: `state` itself where it is known to be inside."""
     if bound is None:
         return state
     layers = [
-        pulled_back(weight, bias, layer, bound)
+        pulled_back(weight, bias, layer, bound, ask=weight.device.type == "cpu")
         for layer, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True))
     ]
-    return InnerWeights(tuple(w for w, _ in layers), tuple(b for _, b in layers))
+    weights, biases = tuple(w for w, _ in layers), tuple(b for _, b in layers)
+    unchanged = all(new is now for new, now in zip(weights, state.weights, strict=True))
+    return state if unchanged else InnerWeights(weights, biases)

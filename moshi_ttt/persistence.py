@@ -19,7 +19,8 @@ import torch
 from moshi.models.lm import LMModel
 from torch import nn
 
-from moshi_ttt.inner_loop import effective_weights, fold, inputs_and_grads
+from moshi_ttt.inner_loop import effective_weights
+from moshi_ttt.inner_network import fold, key_pass
 from moshi_ttt.inner_weights import InnerWeights, within
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.ttt_layer import TTTBase, TTTState
@@ -41,11 +42,11 @@ def offline_weights(ttt: TTTBase, x: torch.Tensor) -> Iterator[tuple[int, InnerW
     weights, bound = ttt.initial_weights(x.shape[0]), ttt.bound(ttt.initial_weights(1))
     for start in range(0, x.shape[1], ttt.mini_batch_size):
         end = min(start + ttt.mini_batch_size, x.shape[1])
-        inputs, grads = inputs_and_grads(k[:, start:end], target[:, start:end], weights, norm)
+        keys = key_pass(k[:, start:end], target[:, start:end], weights, norm)
         answered = weights
         for position in range(end - start):
             step = scale[position, : end - start] * lr[:, start:end]
-            answered = fold(inputs, grads, step, weights)
+            answered = fold(keys.inputs, keys.grads, step, weights)
             if position + 1 == ttt.mini_batch_size:
                 answered = within(answered, bound)
             yield start + position, answered

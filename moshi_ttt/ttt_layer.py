@@ -16,16 +16,8 @@ from torch.nn import functional as F
 
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.float32 import Float32Module
-from moshi_ttt.inner_loop import (
-    LAYER_NORM_EPS,
-    InnerNorm,
-    PendingUpdates,
-    fold_finished,
-    inner_loop,
-    inner_step,
-    layer_norm,
-    step_scale,
-)
+from moshi_ttt.inner_loop import PendingUpdates, fold_finished, inner_loop, inner_step, step_scale
+from moshi_ttt.inner_network import LAYER_NORM_EPS, InnerNorm, layer_norm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
 from moshi_ttt.projection import Projection
 

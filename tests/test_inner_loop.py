@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from moshi_ttt.inner_loop import (
-    InnerNorm,
     PendingUpdates,
     effective_weights,
     fold_finished,
@@ -12,6 +11,7 @@ from moshi_ttt.inner_loop import (
     inner_step,
     step_scale,
 )
+from moshi_ttt.inner_network import InnerNorm
 from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.reference import reference_inner_loop
@@ -106,6 +106,20 @@ def test_inner_loop_equals_the_reference_in_outputs_final_state_and_gradients(de
         for tensors in (found, expected)
     ]
     assert all(gradient.abs().max() > 0 for gradient in gradients[1])
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_a_graph_that_is_kept_gives_the_same_gradients_twice(group_size):
+    p = problem(2)
+    total = sum(tensor.square().sum() for tensor in dual(p, group_size))
+    first = torch.autograd.grad(total, leaves(p), retain_graph=True)
+    assert_close(torch.autograd.grad(total, leaves(p)), first)
+
+
+def test_outputs_alone_give_the_gradients_of_the_reference():
+    p = problem(2)
+    gradients = [torch.autograd.grad(form(p)[0].square().sum(), leaves(p)) for form in (dual, reference)]
     assert_close(*gradients)
 
 

@@ -29,17 +29,21 @@ class Training:
     max_distance_frames: int = 64
     questions: int = 3
     batch_size: int = 64
-    max_steps: int = 1500
+    max_steps: int = 2500
     learning_rate: float = 3e-3
     warmup_steps: int = 50
     cooldown_steps: int = 300
-    """The rate falls to 0 over these, once what is asked is learned or `max_steps` leave no more."""
+    """The rate falls to 0 over these, once what is asked is learned, or the arm is given up, or `max_steps`
+    leave no more."""
 
     chunk_frames: int = 48
     """Length of the chunks of an episode, for the arms that train on chunks."""
 
     learned: float = 0.995
     """Share of right answers at which the cooldown begins."""
+
+    give_up_steps: int = 1000
+    """An arm that does no better than twice chance from this step on learns nothing: its cooldown begins."""
 
 
 @dataclass
@@ -118,7 +122,8 @@ def train_arm(
             on_step(step, losses[-1])
             if step % _CHECK_EVERY == 0 and step < cooldown_at:
                 right = check.accuracy(text_predictions(model, check.codes))
-                cooldown_at = step if right >= training.learned else cooldown_at
+                hopeless = step >= training.give_up_steps and right <= 2 * vocabulary.chance
+                cooldown_at = step if right >= training.learned or hopeless else cooldown_at
         model.eval()
         accuracy = check.accuracy(text_predictions(model, check.codes))
     recent = losses[-_CHECK_EVERY:]
