@@ -29,5 +29,11 @@ def test_the_wandb_key_is_in_no_file_of_the_run(tmp_path):
     (offline,) = (run_dir / "wandb").glob("offline-run-*")
     (record,) = offline.glob("*.wandb")
     content = record.read_bytes()
-    for name in (b"train/loss", b"train/lr_gate", b"valid/perplexity", b"non_ttt_layer_context"):
+    for name in (
+        b"train/loss",
+        b"train/lr_gate",
+        b"valid/perplexity",
+        b"non_ttt_layer_context",
+        b"diagnostics/layer_",
+    ):
         assert name in content
