@@ -15,7 +15,9 @@ The same episodes are scored under these conditions:
                  its windows. What is lost by it was in the inner weights
     inner_lr_0   inner learning rate 0 throughout: the network that was trained, but no memory
 
-not_told matters for phrases, where grammar and sound can favour the true value. The last two exist for
+not_told matters for phrases, where grammar and sound can favour the true value. A value that is likely or
+unlikely by itself can hide a weak memory from the accuracy, but not from the margin, nor from the gain over
+not_told: which value became likeliest by being told. The last two conditions exist for
 checkpoints with TTT layers alone.
 """
 

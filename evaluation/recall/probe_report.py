@@ -19,6 +19,7 @@ LOOKS = {
     "not_told": ("not told", "0.45", "-"),
     "state_reset": ("inner state reset at the question", "tab:brown", "--"),
     "inner_lr_0": ("inner learning rate 0", "tab:purple", "--"),
+    "gain": ("gain of as it is over not told", "tab:green", ":"),
 }
 _STREAMS = {"text": slice(0, 1), "semantic": slice(1, 2), "acoustic": slice(2, None)}
 
@@ -89,25 +90,33 @@ def summarize(probe: Probe, answers: Answers) -> dict[str, Any]:
             }
             for name, nll in answers.nll.items()
         },
-        "margin_lost": {},
     }
-    plain = margin(answers.nll["plain"].sum(-1))
-    for name, nll in answers.nll.items():
-        if name != "plain":
-            lost = (plain - margin(nll.sum(-1))).tolist()
-            summary["margin_lost"][name] = {
-                distance: interval(lost[index], answers.clusters) for index, distance in enumerate(distances)
-            }
+    plain = answers.nll["plain"]
+    summary["plain_against"] = {
+        name: {
+            distance: _accuracy_and_margin((plain - nll)[index].sum(-1), answers.clusters)
+            for index, distance in enumerate(distances)
+        }
+        for name, nll in answers.nll.items()
+        if name != "plain"
+    }
     return summary
+
+
+def _accuracy_and_margin(nll: torch.Tensor, clusters: tuple[str, ...]) -> dict[str, Any]:
+    """From `[B, P, P]`. Of a difference to a control: whether the true value gained most over it, and how
+    much more than the others."""
+    return {
+        "accuracy": interval(right(nll).tolist(), clusters, 0.0, 1.0),
+        "margin_nats": interval(margin(nll).tolist(), clusters),
+    }
 
 
 def _summarize_one(nll: torch.Tensor, clusters: tuple[str, ...]) -> dict[str, Any]:
     """Numbers of one condition at one distance, from `[B, P, P, streams]`."""
     total = nll.sum(-1)
     truth = total.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return {
-        "accuracy": interval(right(total).tolist(), clusters, 0.0, 1.0),
-        "margin_nats": interval(margin(total).tolist(), clusters),
+    return _accuracy_and_margin(total, clusters) | {
         "true_value_nats": interval(truth.tolist(), clusters, 0.0),
         "margin_nats_by_stream": {
             name: interval(margin(nll[..., streams].sum(-1)).tolist(), clusters)
@@ -130,11 +139,19 @@ def table(summary: dict[str, Any]) -> str:
             "| condition | " + " | ".join(f"{d} x ({found['distance_frames'][d]})" for d in distances) + " |",
             "| --- |" + " --- |" * len(distances),
         ]
-        for name, rows in found["conditions"].items():
-            cells = [f"{per_cent(rows[d]['accuracy'])} / {_nats(rows[d]['margin_nats'])}" for d in distances]
-            lines.append(f"| {LOOKS[name][0]} | " + " | ".join(cells) + " |")
+        lines += [_table_row(LOOKS[name][0], rows) for name, rows in shown(found).items()]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def shown(found: dict[str, Any]) -> dict[str, Any]:
+    """Rows of a task's table by their names in LOOKS: the conditions, and plain's gain over not_told."""
+    return found["conditions"] | {"gain": found["plain_against"]["not_told"]}
+
+
+def _table_row(label: str, rows: dict[str, Any]) -> str:
+    cells = [f"{per_cent(row['accuracy'])} / {_nats(row['margin_nats'])}" for row in rows.values()]
+    return f"| {label} | " + " | ".join(cells) + " |"
 
 
 def _nats(row: Row) -> str:
@@ -152,9 +169,9 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
     for column, (task, found) in enumerate(tasks.items()):
         top, bottom = panels[:, column]
-        for name, rows in found["conditions"].items():
-            frames = list(found["distance_frames"].values())
-            distances = [count / summary["receptive_field_frames"] for count in frames]
+        frames = list(found["distance_frames"].values())
+        distances = [count / summary["receptive_field_frames"] for count in frames]
+        for name, rows in shown(found).items():
             _line(top, distances, [_scaled(row["accuracy"], 100) for row in rows.values()], name)
             _line(bottom, distances, [row["margin_nats"] for row in rows.values()], name)
         top.axhline(100 * summary["chance"], color="0.6", linewidth=1)
@@ -167,6 +184,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         for axes in (top, bottom):
             axes.axvline(1, color="0.6", linewidth=1, linestyle=":")
             axes.set_xscale("log")
+            axes.set_xticks(distances, [f"{distance:.2g}" for distance in distances])
+            axes.minorticks_off()
             axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=9)
     reach, step = summary["receptive_field_frames"], summary["step"]
