@@ -10,6 +10,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from evaluation.recall.probe import run as run_probe
 from evaluation.recall.report import write_report
 from evaluation.recall.running import run_jobs, stored_results
 from evaluation.recall.settings import RecallConfig, jobs_of
@@ -61,7 +62,8 @@ def report_study(config: RecallConfig, codes: torch.Tensor) -> str:
 def study_output(config: RecallConfig) -> Path:
     """Where the report goes."""
     output = Path(config.output)
-    return output if config.study == "table" else output.with_stem(f"{output.stem}_{config.study}")
+    kind = "probe" if config.mode == "probe" else config.study
+    return output if kind == "table" else output.with_stem(f"{output.stem}_{kind}")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="recall")
@@ -69,9 +71,13 @@ def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     typed = typed_config(config, RecallConfig)
     typed.validate()
-    codes = speech_codes(Path(typed.speech), typed.vocabulary.speech)
-    report = report_table if typed.study == "table" else report_study
-    logger.info("%s", report(typed, codes))
+    if typed.mode == "probe":
+        assert typed.checkpoint is not None
+        logger.info("%s", run_probe(typed.probe, typed.checkpoint, study_output(typed)))
+    else:
+        codes = speech_codes(Path(typed.speech), typed.vocabulary.speech)
+        report = report_table if typed.study == "table" else report_study
+        logger.info("%s", report(typed, codes))
     logger.info("wrote %s, .md and .png", study_output(typed))
 
 

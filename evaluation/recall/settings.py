@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from evaluation.recall.arms import ARMS, Arm, Size
+from evaluation.recall.probe_settings import Probe
 from evaluation.recall.scoring import Scoring
 from evaluation.recall.task import Vocabulary
 from evaluation.recall.training import Training
@@ -20,7 +21,11 @@ class RecallConfig:
     """The recall benchmark."""
 
     mode: str = "train"
-    """train: teach and ask small Moshis. report: table and figure from what is stored."""
+    """train: teach and ask small Moshis. report: table and figure from what is stored. probe: ask
+    `checkpoint`, as `probe` says; the other groups are then unused."""
+
+    checkpoint: str | None = None
+    """mode=probe: a run, a step or a consolidated folder."""
 
     study: str = "table"
     """table: the arms. ablation: one setting of the TTT layers changed at a time. capacity: how many pairs
@@ -43,7 +48,7 @@ class RecallConfig:
 
     output: str = "benchmarks/results/recall.json"
     """The report; NAME.md (table) and NAME.png (figure) are written beside it. Studies have their name
-    added: NAME_ablation.json."""
+    added, NAME_ablation.json, and so has a probe, NAME_probe.json."""
 
     ttt: dict[str, Any] = field(
         default_factory=lambda: {"mini_batch_size": 8, "base_lr": 8.0, "gate_init": 1.0}
@@ -54,14 +59,21 @@ class RecallConfig:
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     training: Training = field(default_factory=Training)
     scoring: Scoring = field(default_factory=Scoring)
+    probe: Probe = field(default_factory=Probe)
 
     def validate(self) -> None:
         """Raise ValueError for what cannot work."""
         unknown = [name for name in self.arms if name not in ARMS]
         if unknown or not self.arms:
             raise ValueError(f"arms must be some of {', '.join(ARMS)}; got {', '.join(self.arms) or 'none'}")
-        if self.mode not in ("train", "report"):
-            raise ValueError(f"mode must be train or report; got {self.mode!r}")
+        if self.mode not in ("train", "report", "probe"):
+            raise ValueError(f"mode must be train, report or probe; got {self.mode!r}")
+        if (self.mode == "probe") != (self.checkpoint is not None):
+            raise ValueError(
+                "mode=probe and checkpoint=RUN go together; got "
+                f"mode={self.mode} and checkpoint={self.checkpoint or 'null'}"
+            )
+        self.probe.validate()
         if self.study not in ("table", "ablation", "capacity"):
             raise ValueError(f"study must be table, ablation or capacity; got {self.study!r}")
         if self.seeds < 1 or self.workers < 1:
