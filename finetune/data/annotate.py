@@ -305,7 +305,7 @@ def _transcribe(
         sound = samples[:, channel]
         heard = transcriber.words(sound, rate) if np.abs(sound).max() > INAUDIBLE else []
         words += [[text, [start, end], speaker] for text, start, end in heard]
-        power = frame_power(sound[:, None], frame_samples(rate))[:, 0]
+        power = frame_power(sound[None], frame_samples(rate))[:, 0]
         voice_sec = FRAME_SEC * voiced(power, VoiceConfig()).sum()
         if not heard and voice_sec > UNHEARD_VOICE_SEC:
             report.add(

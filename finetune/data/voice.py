@@ -48,12 +48,12 @@ def frame_samples(rate: int) -> int:
 
 
 def frame_power(samples: np.ndarray, size: int) -> np.ndarray:
-    """Mean square of each frame, `[n, C]` to `[frames, C]`; the last frame is filled with silence."""
-    missing = -len(samples) % size
+    """Mean square of each frame, `[C, n]` to `[frames, C]`; the last frame is filled with silence."""
+    missing = -samples.shape[1] % size
     if missing:
-        samples = np.concatenate((samples, np.zeros((missing, samples.shape[1]), samples.dtype)))
-    blocks = samples.reshape(-1, size, samples.shape[1])
-    return np.einsum("fsc,fsc->fc", blocks, blocks) / size
+        samples = np.pad(samples, ((0, 0), (0, missing)))
+    blocks = samples.reshape(len(samples), -1, size)
+    return np.einsum("cfs,cfs->fc", blocks, blocks) / size
 
 
 def voiced(power: np.ndarray, config: VoiceConfig) -> np.ndarray:

@@ -167,7 +167,7 @@ def snap_to_voice(words: list[tuple[str, float, float]], audio: np.ndarray) -> l
         audio: `[n]` at Whisper's rate.
     """
     # Pauses are not filled: where a word begins is asked for.
-    voice = voiced(frame_power(audio[:, None], frame_samples(RATE))[:, 0], VoiceConfig(fill_sec=0.0))
+    voice = voiced(frame_power(audio[None], frame_samples(RATE))[:, 0], VoiceConfig(fill_sec=0.0))
     snapped = []
     for text, start, end in words:
         first, last = round(start / FRAME_SEC), round(end / FRAME_SEC)
