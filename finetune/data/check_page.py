@@ -23,11 +23,12 @@ body { background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sa
 h1 { font-size: 1.4rem; margin-bottom: .2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 h3 { font-size: .95rem; margin: 0 0 .2rem; }
-p.about, figcaption { color: var(--faint); margin: .2rem 0; font-size: .9rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+p.about, .what { color: var(--faint); font-weight: 400; margin: .2rem 0; font-size: .9rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
   border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } td.number { text-align: right; } td { overflow-wrap: anywhere; }
+th { font-weight: 600; } .number { text-align: right; } td { overflow-wrap: anywhere; }
+table.facts, table.each { width: 100%; }
 table.facts th { width: 14rem; font-weight: 400; color: var(--faint); }
 .error, .warning, .fine { font-weight: 600; } .error { color: var(--error); }
 .warning { color: var(--warning); } .fine { color: var(--fine); }
@@ -36,7 +37,8 @@ figure { margin: 0; } svg { width: 100%; height: auto; } svg text { fill: var(--
 .grid { stroke: var(--line); } .base { stroke: var(--faint); }
 .series0 { fill: var(--series0); } .series1 { fill: var(--series1); }
 .key { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin: 0 .35rem 0 .1rem; }
-.key0 { background: var(--series0); } .key1 { background: var(--series1); } .legend { font-size: .85rem; }
+.key0 { background: var(--series0); } .key1 { background: var(--series1); }
+.legend { font-size: .85rem; min-height: 1.5em; }
 .legend span { margin-right: .8rem; white-space: nowrap; } .scroll { overflow-x: auto; }
 """
 
@@ -104,13 +106,13 @@ def _pictures(summary: Summary, config: "CheckConfig") -> list[str]:
 
 
 def _figure(title: str, series: Sequence[Series], svg: str) -> str:
-    legend = ""
-    if len(series) > 1:
-        keys = "".join(
-            f'<span><i class="key key{n}"></i>{html.escape(one.name)}</span>' for n, one in enumerate(series)
-        )
-        legend = f'<div class="legend">{keys}</div>'
-    return f"<figure><h3>{title}</h3>{legend}{svg}<figcaption>number of recordings</figcaption></figure>"
+    keys = "".join(
+        f'<span><i class="key key{n}"></i>{html.escape(one.name)}</span>' for n, one in enumerate(series)
+    )
+    return (
+        f'<figure><h3>{title} <span class="what">(number of recordings)</span></h3>'
+        f'<div class="legend">{keys}</div>{svg}</figure>'
+    )
 
 
 def _problem_tables(summary: Summary, config: "CheckConfig") -> str:
@@ -125,9 +127,10 @@ def _problem_tables(summary: Summary, config: "CheckConfig") -> str:
     rest = len(summary.problems) - len(shown)
     more = f"<p>... and {rest:,} more in the .jsonl file beside this page</p>" if rest else ""
     return (
-        "<h2>Problems</h2><table><tr><th>severity</th><th>kind</th><th>number</th></tr>"
-        f'{counts}</table><h2>Each problem</h2><div class="scroll"><table><tr><th>severity</th><th>kind</th>'
-        f"<th>file</th><th>second</th><th>what</th></tr>{rows}</table></div>{more}"
+        '<h2>Problems</h2><table><tr><th>severity</th><th>kind</th><th class="number">number</th></tr>'
+        f'{counts}</table><h2>Each problem</h2><div class="scroll"><table class="each"><tr><th>severity</th>'
+        '<th>kind</th><th>file</th><th class="number">second</th><th>what</th></tr>'
+        f"{rows}</table></div>{more}"
     )
 
 

@@ -58,7 +58,7 @@ def measure(path: Path) -> Levels:
             try:
                 block = file.read(size * BLOCK_FRAMES, dtype="float32", always_2d=True)
             except soundfile.LibsndfileError as failure:
-                error = str(failure)
+                error, read = str(failure), readable_samples(path)
                 break
             if len(block) == 0:
                 break
@@ -85,6 +85,18 @@ def measure(path: Path) -> Levels:
         bad_sec,
         error,
     )
+
+
+def readable_samples(path: Path) -> int:
+    """Samples of a channel before a file's broken place, to a tenth of a second."""
+    count = 0
+    with soundfile.SoundFile(str(path)) as file:
+        try:
+            while block := len(file.read(max(1, file.samplerate // 10), dtype="float32")):
+                count += block
+        except soundfile.LibsndfileError:
+            return count
+    return count
 
 
 def clipped_frames(sound: np.ndarray, peak: np.ndarray, size: int) -> np.ndarray:

@@ -65,7 +65,8 @@ def _usable(result: Checked, levels: Levels, channels: int) -> bool:
         result.add("unreadable", 0.0, f"has {channels} channels; expected stereo or mono")
     if levels.bad_sec is not None:
         result.add("not_finite", levels.bad_sec, "NaN or infinite samples from here on")
-    return levels.duration_sec > 0 and channels <= 2 and levels.bad_sec is None
+    whole = levels.error is None and levels.bad_sec is None
+    return whole and len(levels.power) > 0 and channels <= 2
 
 
 def _without_leaks(voice: np.ndarray, power: np.ndarray, margin_db: float) -> np.ndarray:

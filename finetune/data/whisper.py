@@ -152,7 +152,7 @@ def join_hyphens(words: list[tuple[str, float, float]]) -> list[tuple[str, float
     """Words without the spaces around them; `cold`, `-hearted` are one."""
     joined: list[tuple[str, float, float]] = []
     for text, start, end in words:
-        if joined and text.startswith("-") and len(text) > 1:
+        if joined and text.startswith("-") and text.strip() != "-":
             before, first, _ = joined.pop()
             joined.append((before + text.strip(), first, end))
         elif text.strip():
