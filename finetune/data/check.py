@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from finetune.command import typed_config
 from finetune.data.check_page import write_page
+from finetune.data.entries import BadEntry, Source, list_sources
 from finetune.data.findings import Checked, CheckLimits, Job, Problem
 from finetune.data.recording_check import check_recording
-from finetune.data.sources import BadEntry, Source, list_sources
 from finetune.data.summary import Summary, summarize
 from finetune.data.voice import VoiceConfig
 

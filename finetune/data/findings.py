@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from finetune.data.sources import Source
+from finetune.data.entries import Source
 from finetune.data.voice import VoiceConfig
 
 

@@ -8,7 +8,7 @@ import soundfile
 from finetune.data.findings import ChannelMeasures, Checked, Job
 from finetune.data.levels import Levels, measure
 from finetune.data.text_check import check_text
-from finetune.data.transcripts import TimedWord, Transcript, read_transcript
+from finetune.data.transcript_faults import TimedWord, Transcript, read_transcript
 from finetune.data.voice import dbfs, voiced
 
 SIDES = ("left", "right")

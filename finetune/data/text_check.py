@@ -6,7 +6,7 @@ import numpy as np
 
 from finetune.data.findings import ChannelMeasures, Checked, CheckLimits, Job
 from finetune.data.levels import Levels
-from finetune.data.transcripts import TimedWord
+from finetune.data.transcript_faults import TimedWord
 from finetune.data.voice import dbfs, runs
 
 

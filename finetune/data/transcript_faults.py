@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.data.sources import is_seconds
+from finetune.data.entries import is_seconds
 
 
 @dataclass(frozen=True)
