@@ -223,6 +223,9 @@ def test_the_shard_comes_from_slurms_array(monkeypatch):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert shard_of(None, None) == (2, 4)
     assert shard_of(1, 3) == (1, 3)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")  # --array=5-11:2
+    assert shard_of(None, None) == (1, 4)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_STEP")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")  # --array=5,7
     with pytest.raises(
         ValueError, match="shard 2 of 2 does not exist; expected 0 to 1. For arrays with gaps"

@@ -1,5 +1,6 @@
 """The check of a data set: a good one has no problem, and each planted problem is found where it is."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from finetune.data.voice import VoiceConfig, frame_power, voiced
 
 def checked(data: Path, *overrides: str) -> Summary:
     output = data.parent / "page.html"
-    config = compose_config(f"data.train={data}", f"output={output}", "workers=1", *overrides, name="check")
+    config = compose_config(f"data.train='{data}'", f"output={output}", "workers=1", *overrides, name="check")
     return check(typed_config(config, CheckConfig))
 
 
@@ -289,6 +290,25 @@ def test_what_is_wrong_in_a_list(tmp_path):
         ("list", "list.jsonl:5", 0),
         ("repeated", "dialogue_1.flac", 0),
     ]
+
+
+def test_what_training_reads_is_checked(tmp_path):
+    """Mixes by weight, folders of lists, compressed lists, and mono recordings as in Libri-Light."""
+    first, second = copy_sample(tmp_path / "a", (1,)), copy_sample(tmp_path / "b", (2,))
+    mixed = checked(Path(f"{first}:0.7,{second.parent}:0.3"), f"output={tmp_path / 'page.html'}")
+    assert [Path(r.file).name for r in mixed.recordings] == ["dialogue_1.flac", "dialogue_2.flac"]
+    packed = second.with_name("packed.jsonl.gz")
+    packed.write_bytes(gzip.compress(second.read_bytes()))
+    assert len(checked(packed).recordings) == 1
+    chapter = tmp_path / "libri" / "12" / "book" / "chapter.flac"
+    chapter.parent.mkdir(parents=True)
+    set_samples(chapter, samples_of(SAMPLE / "audio" / "dialogue_1.flac")[:, 0])
+    chapter.with_suffix(".json").write_text('{"speaker": "12", "snr": 7.5}')
+    mono = checked(Path(f"mono:{tmp_path / 'libri'}"), f"output={tmp_path / 'page.html'}")
+    assert mono.problems == []
+    assert rows(mono)["stereo and mono"] == "0 and 1"
+    with pytest.raises(ValueError, match=f"data {tmp_path / 'c.jsonl'} does not exist"):
+        checked(Path(f"{first}:0.7,{tmp_path / 'c.jsonl'}:0.3"), f"output={tmp_path / 'page.html'}")
 
 
 def test_a_recording_that_is_in_train_and_valid(tmp_path):

@@ -132,13 +132,14 @@ def annotate(config: AnnotateConfig) -> int:
     index, count = shard_of(config.shard_index, config.num_shards)
     entries = list_sources(config.data, config.root)
     _refuse_shared_transcripts([entry for entry in entries if isinstance(entry, Source)])
+    report_path = _report_path(config, index, count)
     transcriber = Transcriber(config.model, config.whisper, config.device, config.threads)
     settings = {
         "model": transcriber.model_id,
         **asdict(config.whisper),
         "speakers": [config.main_speaker, config.user_speaker],
     }
-    with Report(_report_path(config, index, count)) as report:
+    with Report(report_path) as report:
         mine = entries[index::count]
         tasks = _find_tasks(config, mine, settings, report)
         logger.info(
@@ -166,6 +167,8 @@ def _report_path(config: AnnotateConfig, index: int, count: int) -> Path:
     if config.report is not None:
         return Path(config.report).expanduser()
     data = Path(config.data).expanduser()
+    if not data.exists():  # several lists, as in a mix
+        raise ValueError(f"data={config.data} is no single list or folder; give report=FILE for what fails")
     name = f"annotate-{index}-of-{count}.ndjson"
     return data / name if data.is_dir() else data.with_name(f"{data.name.split('.')[0]}.{name}")
 

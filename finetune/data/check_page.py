@@ -32,7 +32,8 @@ table.facts, table.each { width: 100%; }
 table.facts th { width: 14rem; font-weight: 400; color: var(--faint); }
 .error, .warning, .fine { font-weight: 600; } .error { color: var(--error); }
 .warning { color: var(--warning); } .fine { color: var(--fine); }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1.6rem 2rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr));
+  gap: 1.6rem 2rem; }
 figure { margin: 0; } svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 12px; }
 .grid { stroke: var(--line); } .base { stroke: var(--faint); }
 .series0 { fill: var(--series0); } .series1 { fill: var(--series1); }

@@ -1,13 +1,14 @@
 """Which audio files a data set has, without opening them: for commands that report on bad data.
 
 A data set is a list (`.jsonl`, `.jsonl.gz`) of lines `{"path": ..., "duration": seconds}`, a folder of such
-lists, or a folder of audio.
+lists, a folder of audio, or several of these, as training has them: `a.jsonl:0.7,b.jsonl:0.3`, `mono:FOLDER`.
 """
 
 import gzip
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf")
 LIST_ENDINGS = (".jsonl", ".jsonl.gz")
+WEIGHT = re.compile(r":[0-9.]+$")
 
 
 @dataclass(frozen=True)
@@ -44,26 +46,36 @@ def list_sources(data: str | Path, root: str | Path | None = None) -> list[Sourc
     """All recordings of a data set in the order of its lists, or sorted by path.
 
     Args:
-        data: list or folder.
+        data: lists and folders; weights change nothing here.
         root: folder that all audio must lie in; None is the folder of each list.
     Raises:
         ValueError: there is no such list or folder, a list is no text, or there is nothing in it.
     """
-    data = Path(data).expanduser()
+    found = [entry for part in _parts(str(data)) for entry in _list_part(part, root)]
+    if not found:
+        raise ValueError(f"data list {data} is empty; expected a line for each recording")
+    return found
+
+
+def _parts(data: str) -> list[Path]:
+    """The lists and folders of a mix, without weights."""
+    if Path(data).expanduser().exists():
+        return [Path(data).expanduser()]
+    names = [WEIGHT.sub("", part.strip()).removeprefix("mono:") for part in data.split(",")]
+    return [Path(name).expanduser() for name in names]
+
+
+def _list_part(data: Path, root: str | Path | None) -> list[Source | BadEntry]:
     if data.is_dir():
         lists = _files(data, LIST_ENDINGS)
         audio = [] if lists else _files(data, AUDIO_ENDINGS)
         if not lists and not audio:
             raise ValueError(f"folder {data} holds no lists ({', '.join(LIST_ENDINGS)}) and no audio files")
-        found: list[Source | BadEntry] = [entry for path in lists for entry in _read_list(path, root)]
-        found += [Source(path.resolve(), str(data), None) for path in audio]
-    elif data.is_file():
-        found = list(_read_list(data, root))
-    else:
+        listed = [entry for path in lists for entry in _read_list(path, root)]
+        return [*listed, *(Source(path.resolve(), str(data), None) for path in audio)]
+    if not data.is_file():
         raise ValueError(f"data {data} does not exist; expected a jsonl file or a folder")
-    if not found:
-        raise ValueError(f"data list {data} is empty; expected a line for each recording")
-    return found
+    return list(_read_list(data, root))
 
 
 def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
@@ -126,8 +138,8 @@ def shard_of(index: int | None, count: int | None) -> tuple[int, int]:
             return 0, 1
         names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
         task, count, first = (int(os.environ[name]) for name in names)
-        # An array such as 3,7 leaves gaps, and each of its tasks must still know its own part.
-        index = task - first
+        # An array such as 3,5,9 has other gaps than its step, and is refused below.
+        index = (task - first) // int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
     if not 0 <= index < count:
         raise ValueError(
             f"shard {index} of {count} does not exist; expected 0 to {count - 1}. For arrays with gaps give "
