@@ -1,11 +1,12 @@
 """The typed config of a training run: every field, what it means, what it must be."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from finetune.command import typed_config
 from finetune.persistence import refuse_broken_mini_batches
 from moshi_ttt.building import ModelSettings
 from moshi_ttt.config import TTTConfig
@@ -242,27 +243,9 @@ def to_typed(config: DictConfig) -> TrainConfig:
     Raises:
         ValueError: a value that the user must give is missing, or settings cannot work.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"the config lacks {', '.join(missing)}; give them as {missing[0]}=VALUE")
-    unknown = unknown_keys(config)
-    if unknown:
-        raise ValueError(f"unknown config keys {', '.join(unknown)}; see --help for those there are")
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, TrainConfig)
+    typed = typed_config(config, TrainConfig)
     typed.validate()
     return typed
-
-
-def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    """Keys that `+key=value` put beside the fields of a typed config: they would change nothing."""
-    known = {f.name for f in fields(OmegaConf.get_type(config))}  # type: ignore[arg-type]
-    unknown = [f"{prefix}{key}" for key in config if key not in known]
-    for key in known & set(config):
-        value = config[key]
-        if isinstance(value, DictConfig):
-            unknown += unknown_keys(value, f"{prefix}{key}.")
-    return sorted(unknown)
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""From a command line to a typed config."""
+
+from dataclasses import fields
+from typing import TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+Config = TypeVar("Config")
+
+
+def typed_config(config: DictConfig, kind: type[Config]) -> Config:
+    """What Hydra composed, as the dataclass that is its schema.
+
+    Raises:
+        ValueError: a value that the user must give is missing, or a key is unknown.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(missing)}; give them as {missing[0]}=VALUE")
+    unknown = unknown_keys(config)
+    if unknown:
+        raise ValueError(f"unknown config keys {', '.join(unknown)}; see --help for those there are")
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, kind)
+    return typed
+
+
+def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Keys that `+key=value` put beside the fields of a typed config: they would change nothing."""
+    known = {f.name for f in fields(OmegaConf.get_type(config))}  # type: ignore[arg-type]
+    unknown = [f"{prefix}{key}" for key in config if key not in known]
+    for key in known & set(config):
+        value = config[key]
+        if isinstance(value, DictConfig):
+            unknown += unknown_keys(value, f"{prefix}{key}.")
+    return sorted(unknown)
