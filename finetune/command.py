@@ -1,6 +1,6 @@
 """From a command line to a typed config."""
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +27,10 @@ def typed_config(config: DictConfig, kind: type[Config]) -> Config:
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> list[str]:
     """Keys that `+key=value` put beside the fields of a typed config: they would change nothing."""
-    known = {f.name for f in fields(OmegaConf.get_type(config))}  # type: ignore[arg-type]
+    kind = OmegaConf.get_type(config)
+    if not is_dataclass(kind):  # a dict, whose keys are the user's
+        return []
+    known = {f.name for f in fields(kind)}
     unknown = [f"{prefix}{key}" for key in config if key not in known]
     for key in known & set(config):
         value = config[key]

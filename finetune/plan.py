@@ -208,10 +208,6 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     update_peak = sum(
         p.numel() * (p.element_size() + (0 if p.dtype == torch.float32 else 4)) for p in trainable
     )
-    own_base = config.mode == "full" or (
-        config.init_from is not None and holds_base_weights(config.init_from)
-    )
-    saved = {"lora", "ttt", "gate"} | ({"base"} if own_base else set())
     return Plan(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trainable),
@@ -219,10 +215,19 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
         optimizer=sum((8 if p.dtype == torch.float32 else 12) * p.numel() for p in trainable),
         step_peak=max(peak, update_peak),
         flops_per_step=flops * config.num_microbatches,
-        checkpoint=sum(p.numel() * p.element_size() for g, _, p in named_groups(model) if g in saved),
+        checkpoint=checkpoint_bytes(config, model),
         frames_per_step=config.batch_size * config.num_microbatches * frames * gpus,
         carried=carried,
     )
+
+
+def checkpoint_bytes(config: TrainConfig, model: LMModel) -> int:
+    """Size of one checkpoint of a run of `config`, whose model is on any device."""
+    own_base = config.mode == "full" or (
+        config.init_from is not None and holds_base_weights(config.init_from)
+    )
+    saved = {"lora", "ttt", "gate"} | ({"base"} if own_base else set())
+    return sum(p.numel() * p.element_size() for g, _, p in named_groups(model) if g in saved)
 
 
 def kept_checkpoints(config: TrainConfig) -> int:
