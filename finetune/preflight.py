@@ -1,8 +1,8 @@
 """`python -m finetune.preflight ARGUMENTS`, those of finetune.train: can this run start, here and now?
 
-Started as the training will be, on every node. Looks at the GPUs, sums over all processes, data, the base model
-and the run directory, and prints a line for each; exit code 1 where something is wrong. Nothing can wait for
-ever: a process that is waited for, or a file system that does not answer, is named when the time is up.
+Started as the training will be, on every node. Looks at the GPUs, a sum over all processes, the data, the base
+model and the run directory, and prints a line for each; exit code 1 where something is wrong. Nothing waits
+for ever: who waits for another process, or for a file system, says so when the time is up.
 """
 
 import hashlib
@@ -49,11 +49,9 @@ class Place:
 
     @staticmethod
     def find() -> "Place":
-        numbers = (
-            int(os.environ.get(n, "0")) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        )
-        rank, world_size, local_rank, local_world_size = numbers
-        return Place(rank, max(world_size, 1), local_rank, max(local_world_size, 1), socket.gethostname())
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        numbers = [int(os.environ.get(name, alone)) for name, alone in names.items()]
+        return Place(*numbers, socket.gethostname())
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ def gpu_finding(config: TrainConfig, place: Place) -> Finding:
     if seen < place.local_world_size:
         return Finding(
             host,
-            f"torch sees {seen} GPUs for {place.local_world_size} processes of this node (SLURM gave {given}); "
-            "see nvidia-smi there, and gpus_per_node",
+            f"torch sees {seen} GPUs for {place.local_world_size} processes of this node, SLURM gave {given}; "
+            "see nvidia-smi there, and launch.gpus_per_node",
         )
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
@@ -139,8 +137,8 @@ def all_reduce_finding(place: Place, use_cuda: bool) -> Finding:
         if not right:
             return Finding(
                 place.host,
-                f"rank {place.rank} got {numbers.unique().tolist()[:3]} as the sum over all, not {expected:g}; "
-                "take this node out",
+                f"rank {place.rank} got {numbers.unique().tolist()[:3]} as the sum over all processes, not "
+                f"{expected:g}; take this node out",
             )
     sent = 2 * (place.world_size - 1) / place.world_size * numbers.nbytes
     backend = "NCCL" if use_cuda else "gloo"
@@ -189,8 +187,8 @@ def disk_finding(config: TrainConfig, place: Place) -> Finding:
     if free < needed:
         return Finding(
             place.host,
-            f"{folder} has {free / GIB:.2f} GiB free, and the run's checkpoints need {needed / GIB:.2f}: make "
-            "space, choose another run_dir, or keep fewer with checkpoint.keep",
+            f"{folder} has {free / GIB:.2f} GiB free, and the run's checkpoints need {needed / GIB:.2f}: "
+            "make space, choose another run_dir, or keep fewer with checkpoint.keep",
         )
     return Finding(
         place.host,
@@ -296,7 +294,11 @@ register()
 
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")
 def main(config: DictConfig) -> None:
-    if not Preflight(to_typed(config), Place.find()).run():
+    try:
+        typed = to_typed(config)
+    except ValueError as error:
+        sys.exit(f"preflight: FAILED  config: {error}")
+    if not Preflight(typed, Place.find()).run():
         sys.exit(1)
 
 

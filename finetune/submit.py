@@ -1,17 +1,21 @@
-"""`python -m finetune.submit JOB [launch=SITE] [launch.KEY=VALUE ...] ARGUMENTS`: to SLURM, as configs/launch says.
+"""`python -m finetune.submit JOB [launch=SITE] [launch.KEY=VALUE ...] ARGUMENTS`: a job for SLURM.
 
-JOB is train, annotate or prepare (scripts/slurm/JOB.sbatch), or sweep: one training job for each combination of
-values, by Hydra's multirun and submitit. ARGUMENTS are those of the command that the job runs.
+JOB is train, annotate or prepare (scripts/slurm/JOB.sbatch), or sweep: one training job for each combination
+of values, by Hydra's multirun and submitit. What the site wants to know of a job is in configs/launch/SITE.yaml;
+ARGUMENTS are those of the command that the job runs.
 """
 
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -141,9 +145,7 @@ def sbatch_flags(job: str, launch: LaunchConfig) -> dict[str, str | bool]:
     for flag in launch.flags:
         name, has_value, value = flag.removeprefix("--").partition("=")
         flags[name] = value if has_value else True
-    return {
-        name: value if value is True else str(value) for name, value in flags.items() if value is not None
-    }
+    return {name: v if v is True else str(v) for name, v in flags.items() if v is not None}
 
 
 def environment(launch: LaunchConfig) -> dict[str, str]:
@@ -196,30 +198,49 @@ def sweep_command(launch: LaunchConfig, arguments: Sequence[str]) -> list[str]:
         )
     if find_spec("hydra_plugins.hydra_submitit_launcher") is None:
         raise ValueError("sweeps need hydra-submitit-launcher; pip install 'moshi-ttt[slurm]'")
+    if launch.time is None:
+        raise ValueError("submitit would set a time limit of an hour; give launch.time, such as 1-00:00:00")
     flags = sbatch_flags("sweep", launch)
     tasks = launch.processes_per_node or launch.gpus_per_node or 1
+    own = ("nodes", "cpus-per-task", "time")  # which submitit knows itself
     launcher = {
-        "submitit_folder": str(Path(launch.log_dir, "sweep-%j")),
+        "timeout_min": minutes(launch.time),
         "tasks_per_node": tasks,
         "nodes": launch.nodes,
         "signal_delay_s": launch.grace_sec,
         "setup": launch.setup.splitlines(),
-        # CPUs are given for a node, and SLURM counts them by task.
+        # Ours are those of a node, submitit's of one of its tasks.
         "cpus_per_task": None if launch.cpus_per_task is None else max(1, launch.cpus_per_task // tasks),
-        "additional_parameters": {
-            name: value for name, value in flags.items() if name not in ("nodes", "cpus-per-task")
-        },
+        "additional_parameters": {name: value for name, value in flags.items() if name not in own},
     }
     overrides = [f"hydra.launcher.{name}={_hydra_value(value)}" for name, value in launcher.items()]
-    if launch.python is None:
-        python = sys.executable
-    else:
-        python = launch.python
+    folder = str(Path(launch.log_dir, f"sweep-{datetime.now():%Y%m%d-%H%M%S}"))
     return [
-        *(python, "-m", "finetune.train", "--multirun", "hydra/launcher=submitit_slurm"),
+        *(launch.python or sys.executable, "-m", "finetune.train", "--multirun"),
+        *("hydra/launcher=submitit_slurm", f"hydra.sweep.dir={_hydra_value(folder)}"),
+        "hydra.launcher.submitit_folder=${hydra.sweep.dir}/%j",
         *overrides,
         *arguments,
     ]
+
+
+def minutes(limit: str) -> int:
+    """A time limit as sbatch takes it, in whole minutes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if found is None:
+        raise ValueError(
+            f"launch.time is such as 1-00:00:00 (a day), 04:00:00 or 90 (minutes); got {limit!r}"
+        )
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # minutes:seconds
+        numbers = [0, *numbers]
+    hours, mins, seconds = (*numbers, 0, 0)[:3]
+    return math.ceil(int(days or 0) * 1440 + hours * 60 + mins + seconds / 60)
 
 
 def _hydra_value(value: object) -> str:
@@ -254,9 +275,8 @@ def submit(arguments: Sequence[str]) -> None:
         ValueError: what is wrong with it.
     """
     if not arguments or arguments[0] not in JOBS:
-        raise ValueError(
-            f"expected one of {', '.join(JOBS)} first, got {' '.join(arguments[:1]) or 'nothing'}"
-        )
+        received = arguments[0] if arguments else "nothing"
+        raise ValueError(f"expected one of {', '.join(JOBS)} first, got {received}")
     job = arguments[0]
     own = [argument for argument in arguments[1:] if argument.startswith(("launch=", "launch."))]
     rest = [argument for argument in arguments[1:] if argument not in own]
