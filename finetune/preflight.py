@@ -1,8 +1,8 @@
 """`python -m finetune.preflight ARGUMENTS`, those of finetune.train: can this run start, here and now?
 
-Started as the training will be, on every node. Looks at the GPUs, a sum over all processes, the data, the base
-model and the run directory, and prints a line for each; exit code 1 where something is wrong. Nothing waits
-for ever: who waits for another process, or for a file system, says so when the time is up.
+Started as the training will be, on every node. Looks at the GPUs, a sum over all processes, the data, the
+base model and the run directory, and prints a line for each; exit code 1 where something is wrong. Nothing
+waits for ever: who waits for another process, or for a file system, says so when the time is up.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class Place:
     def find() -> "Place":
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         numbers = [int(os.environ.get(name, alone)) for name, alone in names.items()]
-        return Place(*numbers, socket.gethostname())
+        return Place(numbers[0], numbers[1], numbers[2], numbers[3], socket.gethostname())
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def gpu_finding(config: TrainConfig, place: Place) -> Finding:
     if seen < place.local_world_size:
         return Finding(
             host,
-            f"torch sees {seen} GPUs for {place.local_world_size} processes of this node, SLURM gave {given}; "
-            "see nvidia-smi there, and launch.gpus_per_node",
+            f"torch sees {seen} GPUs for {place.local_world_size} processes of this node, SLURM gave "
+            f"{given}; see nvidia-smi there, and launch.gpus_per_node",
         )
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)

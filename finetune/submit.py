@@ -1,8 +1,8 @@
 """`python -m finetune.submit JOB [launch=SITE] [launch.KEY=VALUE ...] ARGUMENTS`: a job for SLURM.
 
 JOB is train, annotate or prepare (scripts/slurm/JOB.sbatch), or sweep: one training job for each combination
-of values, by Hydra's multirun and submitit. What the site wants to know of a job is in configs/launch/SITE.yaml;
-ARGUMENTS are those of the command that the job runs.
+of values, by Hydra's multirun and submitit. What the site wants to know of a job is in
+configs/launch/SITE.yaml; ARGUMENTS are those of the command that the job runs.
 """
 
 import json
@@ -233,7 +233,7 @@ def minutes(limit: str) -> int:
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if found is None:
         raise ValueError(
-            f"launch.time is such as 1-00:00:00 (a day), 04:00:00 or 90 (minutes); got {limit!r}"
+            f"launch.time is such as 1-00:00:00 (a day), 04:00:00 or 90 (minutes), got {limit!r}"
         )
     days, *parts = found.groups()
     numbers = [int(part) for part in parts if part is not None]

