@@ -10,7 +10,14 @@ import torch
 from training import SAMPLE, dialogue, write_recording
 
 from finetune.data.clips import Clip, ClipEncoder, clip_order, cut_clips, training_batches
-from finetune.data.interleaver import TextTokens, clip_text_stream, text_stream, tokenize, words_in_clip
+from finetune.data.interleaver import (
+    TextLayout,
+    TextTokens,
+    clip_text_stream,
+    text_stream,
+    tokenize,
+    words_in_clip,
+)
 from finetune.data.manifest import Recording, Word, read_manifest
 from moshi_ttt.loading import load_mimi, load_tokenizer
 
@@ -35,8 +42,8 @@ def mimi(tiny_base):
 
 @pytest.fixture
 def encoder(mimi, tokenizer):
-    def encoder(duration_sec, main_speaker=MAIN):
-        return ClipEncoder(mimi, tokenizer, SPECIAL, duration_sec, main_speaker)
+    def encoder(duration_sec):
+        return ClipEncoder(mimi, tokenizer, SPECIAL, duration_sec, TextLayout())
 
     return encoder
 
@@ -110,13 +117,13 @@ GOLDEN = {
 
 @pytest.mark.parametrize("words, expected", GOLDEN.values(), ids=GOLDEN.keys())
 def test_the_text_stream_is_as_worked_out_by_hand(tokenizer, words, expected):
-    stream = text_stream([Word(*word) for word in words], 10, 12.5, tokenizer, SPECIAL, MAIN)
+    stream = text_stream([Word(*word) for word in words], 10, 12.5, tokenizer, SPECIAL, TextLayout())
     assert stream.tolist() == expected
 
 
 def test_without_a_main_speaker_everybodys_words_are_placed(tokenizer):
     words = [Word("was", 0.16, 0.3, MAIN), Word("not", 0.24, 0.5, USER)]
-    stream = text_stream(words, 6, 12.5, tokenizer, SPECIAL, None)
+    stream = text_stream(words, 6, 12.5, tokenizer, SPECIAL, TextLayout(keep_main_only=False))
     assert stream.tolist() == [P, E, WAS[0], *NOT, P, P]
 
 
@@ -132,12 +139,12 @@ def test_a_clip_has_the_words_that_start_in_it_in_its_own_time():
 
 def test_a_short_last_clip_has_padding_targets_behind_its_audio(tokenizer):
     # moshi-finetune multiplies frames by the frame rate: 2 frames of audio have 25 frames of text.
-    stream = clip_text_stream([Word("not", 0.16, 0.3, MAIN)], 30, 2, 12.5, tokenizer, SPECIAL, MAIN)
+    stream = clip_text_stream([Word("not", 0.16, 0.3, MAIN)], 30, 2, 12.5, tokenizer, SPECIAL, TextLayout())
     assert stream.tolist() == [P, E, *NOT, *[P] * 22, *[Z] * 5]
 
 
 def test_a_full_clip_has_text_to_its_end(tokenizer):
-    assert clip_text_stream([], 8, 8, 12.5, tokenizer, SPECIAL, MAIN).tolist() == [P] * 8
+    assert clip_text_stream([], 8, 8, 12.5, tokenizer, SPECIAL, TextLayout()).tolist() == [P] * 8
 
 
 @torch.no_grad()
