@@ -80,6 +80,7 @@ def read_header(path: Path) -> AudioHeader:
         ValueError: it is no audio, or cannot be opened.
     """
     subtype = None
+    duration_sec = None
     try:
         with _NativeErrors(path, "is no audio file that can be read"):
             info = soundfile.info(str(path))
@@ -87,15 +88,18 @@ def read_header(path: Path) -> AudioHeader:
         # Containers such as m4a are sphn's alone. What neither can open is told with sphn's reason.
         by_sphn = True
     else:
+        if info.frames == 0:
+            raise ValueError(f"{path} holds no audio")
         subtype = info.subtype
         by_sphn = subtype in _SPHN_FORMATS.get(info.format, ())
         header = AudioHeader(info.channels, info.samplerate, info.duration, subtype, False)
-        if info.frames == 0:
-            raise ValueError(f"{path} holds no audio")
+        if info.format == "OGG":  # sphn counts what encoders put behind the end
+            duration_sec = info.duration
     if by_sphn:
         with _NativeErrors(path, "is no audio file that can be read"):
             reader = sphn.FileReader(str(path))
-            header = AudioHeader(reader.channels, reader.sample_rate, reader.duration_sec, subtype, True)
+            duration_sec = duration_sec or reader.duration_sec
+            header = AudioHeader(reader.channels, reader.sample_rate, duration_sec, subtype, True)
     if not 0 < header.rate <= MAX_SAMPLE_RATE or not 0 < header.channels <= MAX_CHANNELS:
         raise ValueError(
             f"{path} says that it has {header.channels} channels of {header.rate} samples/s, which cannot be "
@@ -153,8 +157,9 @@ def read_samples(
     wanted_sec = rest_sec + 1.0 if duration_sec is None else min(duration_sec, rest_sec + 1.0)
     samples, requested = _decode(path, header, start_sec, wanted_sec)
     _require_whole(path, header, start_sec, min(wanted_sec, rest_sec), samples)
-    samples = _resample(samples, requested, header.rate, rate)
-    _require_finite(path, bool(np.isfinite(samples).all()))
+    _require_finite(path, bool(np.isfinite(samples).all()))  # sphn panics when it resamples NaN
+    with _NativeErrors(path, "cannot be resampled"):
+        samples = _resample(samples, requested, header.rate, rate)
     if recording.user is None:
         return samples
     first = round(start_sec * rate)
