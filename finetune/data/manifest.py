@@ -7,6 +7,8 @@ holds its words (finetune/data/transcript.py).
 
 import gzip
 import hashlib
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +70,7 @@ def read_list(jsonl: Path, rules: Rules, bad_input: BadInput) -> list[Recording]
     lines = list(_numbered_lines(jsonl))
     if not lines:
         raise ValueError(f"data list {jsonl} is empty; expected a line for each recording")
-    base = jsonl.resolve().parent
+    base = str(jsonl.resolve().parent)
     recordings = []
     bad_input.expect(len(lines))
     hidden = None if rules.check_files else True
@@ -98,7 +100,7 @@ def _numbered_lines(jsonl: Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"data list {jsonl} cannot be read after line {number} ({error})") from error
 
 
-def _read_entry(line: bytes, base: Path, rules: Rules) -> Recording:
+def _read_entry(line: bytes, base: str, rules: Rules) -> Recording:
     try:
         entry = parse_json(line)
     except ValueError as error:
@@ -111,7 +113,7 @@ def _read_entry(line: bytes, base: Path, rules: Rules) -> Recording:
         raise ValueError(f"duration must be a number of seconds above 0, got {duration!r}")
     if duration > MAX_DURATION_SEC:
         raise ValueError(f"duration must be at most {MAX_DURATION_SEC:g} s, got {duration!r}")
-    return read_recording(locate(entry["path"], base, rules.inside), rules, float(duration))
+    return read_recording(locate(entry["path"], base, str(rules.inside)), rules, float(duration))
 
 
 def read_recording(path: Path, rules: Rules, listed_sec: float | None = None) -> Recording:
@@ -142,34 +144,39 @@ def read_recording(path: Path, rules: Rules, listed_sec: float | None = None) ->
     return Recording(path, duration, words)
 
 
-def locate(name: str, base: Path, inside: Path) -> Path:
+def locate(name: str, base: str, inside: str) -> Path:
     """The file that `name`, relative to `base`, leads to: every link followed, and in no other folder.
 
-    Lists may have a million lines, so folders are remembered.
+    Strings, and folders that are remembered: lists have a million lines.
     """
     try:
-        joined = base / name
-        path = _real_folder(joined.parent) / joined.name
-        if joined.name in ("", "..") or path.is_symlink():
-            path = path.resolve()
-        if not path.is_relative_to(inside):
-            raise _OutsideError
-        is_file = path.is_file()
-    except _OutsideError as error:
-        raise ValueError(
-            f"{name} lies outside {inside}; move it there or set data.root to a folder that holds all audio"
-        ) from error
+        folder, last = os.path.split(os.path.join(base, name))
+        path = os.path.join(_real_folder(folder), last)
+        if last in ("", ".", ".."):
+            path = os.path.realpath(path)
+        mode = _mode(path)
+        if stat.S_ISLNK(mode):
+            path = os.path.realpath(path)
+            mode = _mode(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"audio file {name!r} cannot be looked at ({error})") from error
-    if not is_file:
-        raise ValueError(f"audio file {path} does not exist, or is no file")
-    return path
+    if not path.startswith(inside.rstrip("/") + "/"):
+        raise ValueError(
+            f"{name} lies outside {inside}; move it there or set data.root to a folder that holds all audio"
+        )
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"audio file {path} does not exist" + (", or is no file" if mode else ""))
+    return Path(path)
 
 
-class _OutsideError(Exception):
-    """A path leaves the folder it should stay in."""
+def _mode(path: str) -> int:
+    """What is there, not following a link; 0 is nothing."""
+    try:
+        return os.lstat(path).st_mode
+    except FileNotFoundError:
+        return 0
 
 
 @lru_cache(maxsize=65_536)
-def _real_folder(folder: Path) -> Path:
-    return folder.resolve()
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)

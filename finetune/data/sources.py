@@ -152,7 +152,7 @@ def _read_folder(folder: Path, rules: Rules, bad_input: BadInput) -> list[Record
     bad_input.expect(len(files))
     for file in tqdm(files, f"checking {folder.name}", unit="file", disable=None, leave=False):
         try:
-            path = locate(file.name, file.parent.resolve(), rules.inside)
+            path = locate(file.name, str(file.parent.resolve()), str(rules.inside))
             recordings.append(read_recording(path, rules))
         except ValueError as error:
             bad_input.skip(str(file), error)
