@@ -4,6 +4,7 @@
 ok, or what the ValueError says.
 """
 
+import codecs
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def answer(jsonl: Path) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["nobody"]:
+        codecs.lookup("utf-8-sig")  # may lie where nobody can read
         if os.geteuid() == 0:
             os.seteuid(NOBODY)
         try:

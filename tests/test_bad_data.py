@@ -440,7 +440,7 @@ def test_a_packed_list_that_is_cut_short_and_a_line_without_end(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["a\0b.wav", "\ud800.wav", "x" * 5000, "loop/a.wav", ".", "..", "", "a.wav/", "data/a.wav/b"]
+    "path", ["a\0b.wav", "\ud800.wav", "x" * 5000, "loop/a.wav", ".", "..", "", "a.wav/b"]
 )
 def test_a_path_that_cannot_be_followed(data, tmp_path, path):
     data.with_name("loop").symlink_to("loop")
