@@ -208,3 +208,9 @@ def test_weights_of_recordings_give_shares_of_chunks():
     weights = per_recording((1, 1), chunks=(20, 30), recordings=(2, 30))
     drawn = Counter(s for s, _ in itertools.islice(mixed_order((2, 30), weights, 0), 60_000))
     assert drawn[0] * 10 / (drawn[0] * 10 + drawn[1]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_epochs_go_on_where_sources_are_drawn_anew():
+    drawn = [i for s, i in itertools.islice(mixed_order((5, 7), (1, 2), seed=3), 65_536 + 200) if s == 1]
+    epochs = [drawn[first : first + 7] for first in range(0, len(drawn) - 6, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
