@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+# Fewer are too alike when drawn with replacement: their intervals would be far too narrow.
+FEWEST_ROWS = 5
+
 
 @dataclass
 class Interval:
@@ -39,8 +42,8 @@ def ratio_intervals(sums: np.ndarray, counts: np.ndarray, draws: int, seed: int 
         sums, counts: of the observations of each row, `[R, columns]`.
         draws: sets of rows that are drawn.
     Returns:
-        An interval for each column. With fewer than two rows that have observations, low and high are NaN;
-        with none, the mean too.
+        An interval for each column. With fewer than `FEWEST_ROWS` rows that have observations, low and high
+        are NaN; with none, the mean too.
     """
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
@@ -49,7 +52,7 @@ def ratio_intervals(sums: np.ndarray, counts: np.ndarray, draws: int, seed: int 
     )
     intervals = []
     for mean, column, rows in zip(means[0], ratios.T, (counts > 0).sum(0), strict=True):
-        if rows < 2:
+        if rows < FEWEST_ROWS:
             intervals.append(Interval(float(mean), float("nan"), float("nan")))
             continue
         low, high = np.nanpercentile(column, (2.5, 97.5))

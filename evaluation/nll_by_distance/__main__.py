@@ -7,6 +7,7 @@ words by distance since the same word, and of turns by the gap since the same sp
 
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from evaluation.nll_by_distance.arms import (
+    Arm,
     about,
     arms_of,
     comparisons,
@@ -32,7 +34,7 @@ from finetune.data.interleaver import TextTokens
 from finetune.data.manifest import Recording, read_manifest
 from inference.command import typed_config
 from inference.generate import choose_device
-from moshi_ttt.checkpoint import LoadedCheckpoint, load_checkpoint
+from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.integration import context_line
 from moshi_ttt.loading import load_mimi, load_tokenizer
 
@@ -41,69 +43,87 @@ logger = logging.getLogger(__name__)
 ConfigStore.instance().store(name="nll_by_distance_schema", node=NllConfig)
 
 
-def read_sides(
-    recordings: list[Recording], loaded: LoadedCheckpoint, data: dict[str, Any], both_sides: bool
-) -> tuple[list[Side], float]:
-    """All sides of all recordings as codes, and the frame rate."""
-    mimi = load_mimi(loaded.base, loaded.model.device)
-    reader = SideReader(
-        mimi,
-        load_tokenizer(loaded.base),
-        TextTokens.of(loaded.model),
-        data["main_speaker"],
-        data["keep_main_only"],
-        both_sides,
-    )
-    sides = [side for index, recording in enumerate(recordings) for side in reader.read(index, recording)]
-    return sides, mimi.frame_rate
+@dataclass
+class Scored:
+    """The NLLs of every arm of every checkpoint.
+
+    Args:
+        reader: what the recordings were read with.
+        sides: as they were scored.
+        nll: for each side the NLLs `[1 + dep_q, T]` by arm.
+        arms: in order.
+        checkpoints: what each is, by label.
+    """
+
+    reader: SideReader
+    sides: list[Side]
+    nll: list[dict[str, torch.Tensor]]
+    arms: list[Arm]
+    checkpoints: dict[str, dict[str, Any]]
+
+
+def score(config: NllConfig, recordings: list[Recording], device: torch.device) -> Scored:
+    """Score all recordings with all checkpoints, one checkpoint in memory at a time."""
+    labels = labels_of(config.checkpoints, config.labels)
+    data = refuse_different_streams(config.checkpoints, labels)
+    scored = None
+    for label, path in zip(labels, config.checkpoints, strict=True):
+        loaded = load_checkpoint(path, device)
+        logger.info("%s: %s", label, context_line(loaded.model, inference=True))
+        if scored is None:
+            reader = SideReader(
+                load_mimi(loaded.base, device),
+                load_tokenizer(loaded.base),
+                TextTokens.of(loaded.model),
+                data["main_speaker"],
+                data["keep_main_only"],
+                config.both_sides,
+            )
+            sides = [side for index, found in enumerate(recordings) for side in reader.read(index, found)]
+            scored = Scored(reader, sides, [{} for _ in sides], [], {})
+        scored.checkpoints[label] = about(loaded, config.reset_frames)
+        scored.arms += arms_of(label, reset_every(loaded, config.reset_frames) is not None)
+        more = score_arms(loaded, label, scored.sides, config.chunk_frames, config.reset_frames)
+        for nll, added in zip(scored.nll, more, strict=True):
+            nll.update(added)
+    assert scored is not None
+    return scored
 
 
 def run(config: NllConfig) -> Path:
     """Score, measure and write; returns the file of numbers."""
     config.validate()
     recordings = read_manifest(config.recordings)[: config.max_recordings]
-    device = choose_device(config.device)
-    labels = labels_of(config.checkpoints, config.labels)
-    data = refuse_different_streams(config.checkpoints, labels)
-    sides: list[Side] = []
-    frame_rate, special = 0.0, TextTokens(0, 0, 0)
-    nll: list[dict[str, torch.Tensor]] = []
-    arms, checkpoints = [], {}
-    for label, path in zip(labels, config.checkpoints, strict=True):
-        loaded = load_checkpoint(path, device)
-        logger.info("%s: %s", label, context_line(loaded.model, inference=True))
-        checkpoints[label] = about(loaded, config.reset_frames)
-        arms += arms_of(label, reset_every(loaded, config.reset_frames) is not None)
-        if not sides:
-            sides, frame_rate = read_sides(recordings, loaded, data, config.both_sides)
-            special = TextTokens.of(loaded.model)
-            nll = [{} for _ in sides]
-        scored = score_arms(loaded, label, sides, config.chunk_frames, config.reset_frames)
-        for found, more in zip(nll, scored, strict=True):
-            found.update(more)
-    longest_sec = max(side.codes.shape[-1] for side in sides) / frame_rate
+    scored = score(config, recordings, choose_device(config.device))
+    sides, frame_rate, checkpoints = scored.sides, scored.reader.frame_rate, scored.checkpoints
+    lengths_sec = [side.codes.shape[-1] / frame_rate for side in sides]
     windows = {w for c in checkpoints.values() for kind in c["windows_frames"].values() for w in kind}
     reach = min(checkpoint["receptive_field_frames"] for checkpoint in checkpoints.values())
-    bins = Bins.of(longest_sec, config.position_bin_sec, sorted(windows), reach, frame_rate)
-    names = [arm.name for arm in arms]
-    frequent = frequent_words(sides, config.frequent_words)
-    measures = Measures(bins, len(recordings), names, frame_rate, config.turn_sec, special, frequent)
-    for side, found in zip(sides, nll, strict=True):
-        measures.add(side, found)
+    measures = Measures(
+        Bins.of(max(lengths_sec), config.position_bin_sec, sorted(windows), reach, frame_rate),
+        len(recordings),
+        [arm.name for arm in scored.arms],
+        frame_rate,
+        config.turn_sec,
+        scored.reader.special,
+        frequent_words(sides, config.frequent_words),
+    )
+    for side, nll in zip(sides, scored.nll, strict=True):
+        measures.add(side, nll)
     facts = {
-        "data": config.recordings,
-        "recordings": len(recordings),
+        "recordings": config.recordings,
+        "number": len(recordings),
         "sides": len(sides),
-        "seconds_scored": round(sum(side.codes.shape[-1] for side in sides) / frame_rate, 1),
+        "seconds_scored": round(sum(lengths_sec), 1),
         "frame_rate": frame_rate,
         "windows_frames": sorted(windows),
         "receptive_field_frames": reach,
         "turn_sec": config.turn_sec,
-        "frequent_words": sorted(frequent),
+        "frequent_words": sorted(measures.frequent),
         "bootstrap_draws": config.bootstrap_draws,
         "checkpoints": checkpoints,
     }
-    table = write_report(measures, comparisons(arms), facts, config.outputs, config.bootstrap_draws)
+    table = write_report(measures, comparisons(scored.arms), facts, config.outputs, config.bootstrap_draws)
     logger.info("%s\nwrote %s, %s and %s", table, *config.outputs)
     return config.outputs[0]
 

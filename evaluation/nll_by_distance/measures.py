@@ -66,10 +66,12 @@ class Bins:
     Args:
         position_sec: over the recording.
         distance_sec: since a word began, or a speaker ended; the first bin is what was not there before.
+        reach_sec: the same in two: within the receptive field of attention, and beyond it.
     """
 
     position_sec: list[float]
     distance_sec: list[float]
+    reach_sec: list[float]
 
     @staticmethod
     def of(
@@ -79,7 +81,8 @@ class Bins:
         positions = np.arange(0, longest_sec + position_bin_sec, position_bin_sec)
         distances = {*windows, *(reach * 2**power for power in range(5))} - {0}
         edges = [FIRST, 0.0, *(frames / frame_rate for frames in sorted(distances)), np.inf]
-        return Bins([float(edge) for edge in positions], edges)
+        reach_sec = [FIRST, 0.0, *([reach / frame_rate] if reach else []), np.inf]
+        return Bins([float(edge) for edge in positions], edges, reach_sec)
 
 
 @dataclass
@@ -146,20 +149,22 @@ class Measures:
         repeats = [w for w in words if w.first is not None]
         gains = {arm: np.array([_gain(w, nll) for w in repeats]) for arm, nll in text.items()}
         again = [place for place in places if place != FIRST]
-        edges = self.bins.distance_sec
-        self._measure(f"distance/{name}", edges).add(side.recording, np.array(places), values)
-        self._measure(f"distance/{name}, minus their first", edges).add(
-            side.recording, np.array(again), gains
-        )
+        self._add_by_distance(name, side, np.array(places), values)
+        self._add_by_distance(f"{name}, minus their first", side, np.array(again), gains)
+
+    def _add_by_distance(
+        self, name: str, side: Side, places: np.ndarray, values: dict[str, np.ndarray]
+    ) -> None:
+        """Observations to a measure by distance, and to one by reach."""
+        for kind, edges in (("reach", self.bins.reach_sec), ("distance", self.bins.distance_sec)):
+            self._measure(f"{kind}/{name}", edges).add(side.recording, places, values)
 
     def _add_turns(self, side: Side, stream: str, nll: dict[str, np.ndarray]) -> None:
         """The first seconds of each turn by the gap since the speaker's last one, one value a turn."""
         spans = [self._span(turn.start_sec, turn.end_sec) for turn in side.turns]
         places = np.array([FIRST if turn.gap_sec is None else turn.gap_sec for turn in side.turns])
         values = {arm: np.array([_mean(value[span]) for span in spans]) for arm, value in nll.items()}
-        if spans:
-            measure = self._measure(f"distance/turns, {stream}", self.bins.distance_sec)
-            measure.add(side.recording, places, values)
+        self._add_by_distance(f"turns, {stream}", side, places, values)
 
     def _span(self, start_sec: float, end_sec: float) -> slice:
         """Frames of the first `turn_sec` seconds of a turn; at least one."""

@@ -1,10 +1,11 @@
-"""The figure: NLL by position and by distance, and below each what the memory changes."""
+"""The figure: NLL by position and by distance, and what the memory changes."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 PANELS = {
     "position/words": "words",
@@ -15,36 +16,51 @@ PANELS = {
     "distance/turns, semantic": "turns, semantic codebook",
     "distance/turns, acoustic": "turns, acoustic codebooks",
 }
+TICKS_SEC = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 X_LABELS = {"position": "position in the recording (s)", "distance": "since it was last there (s)"}
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """A column for each measure: the arms above, the paired differences below, 95 % intervals."""
+    """Two rows of panels by position, two by distance: the arms, and below them the paired differences."""
     about, found = content["about"], content["measures"]
-    panels = {name: title for name, title in PANELS.items() if name in found}
-    figure = Figure(figsize=(1.5 + 4.6 * len(panels), 9.5), layout="constrained")
-    grid = figure.subplots(2, len(panels), squeeze=False)
-    for column, (name, title) in zip(grid.T, panels.items(), strict=True):
-        kind, measure = name.split("/")[0], found[name]
-        for axes, part in zip(column, ("arms", "differences"), strict=True):
-            _lines(axes, measure["bins"], measure[part], kind)
-            _mark_reach(axes, about)
-            axes.set_xlabel(X_LABELS[kind])
-            axes.grid(alpha=0.3)
-        column[0].set_title(title)
-        column[1].axhline(0, color="black", linewidth=1)
-    grid[0, 0].set_ylabel("NLL (nats a token)")
-    grid[1, 0].set_ylabel("difference on the same tokens (nats)\nbelow 0: the first predicts better")
-    for row in grid:
-        handles, labels = row[0].get_legend_handles_labels()
-        row[-1].legend(handles, labels, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    blocks = [
+        panels
+        for kind in X_LABELS
+        if (panels := [name for name in PANELS if name in found and name.startswith(f"{kind}/")])
+    ]
+    columns = max(len(panels) for panels in blocks)
+    figure = Figure(figsize=(4.6 * columns, 1 + 7.6 * len(blocks)), layout="constrained")
+    grid = figure.subplots(2 * len(blocks), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for number, panels in enumerate(blocks):
+        upper, lower = grid[2 * number], grid[2 * number + 1]
+        for name, above, below in zip(panels, upper, lower, strict=False):
+            _panel(above, name, found[name], "arms", about)
+            _panel(below, name, found[name], "differences", about)
+            above.set_title(PANELS[name])
+            below.axhline(0, color="black", linewidth=1)
+        upper[0].set_ylabel("NLL (nats a token)")
+        lower[0].set_ylabel("difference on the same tokens (nats)\nbelow 0: the first predicts better")
+    for axes, side, title in ((grid[0, 0], "left", "NLL"), (grid[1, 0], "right", "difference")):
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize=9, loc=f"outside lower {side}", title=title)
     windows = "/".join(map(str, about["windows_frames"]))
     figure.suptitle(
-        f"{Path(about['data']).name}: {about['recordings']} recordings, {about['seconds_scored'] / 60:.0f} "
-        f"min scored, state carried; attention windows of {windows} frames, receptive field "
-        f"{about['receptive_field_frames']} frames; 95 % intervals over recordings"
+        f"{Path(about['recordings']).name}: {about['number']} recordings, "
+        f"{about['seconds_scored'] / 60:.0f} min scored, state carried\nattention windows of {windows} "
+        f"frames, receptive field {about['receptive_field_frames']} frames; 95 % intervals over recordings"
     )
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
+
+
+def _panel(axes: Axes, name: str, measure: dict[str, Any], part: str, about: dict[str, Any]) -> None:
+    kind = name.split("/")[0]
+    axes.set_visible(True)
+    _lines(axes, measure["bins"], measure[part], kind)
+    _mark_reach(axes, about)
+    axes.set_xlabel(X_LABELS[kind])
+    axes.grid(alpha=0.3)
 
 
 def _lines(axes: Axes, bins: list[dict[str, Any]], series: dict[str, list], kind: str) -> None:
@@ -53,6 +69,9 @@ def _lines(axes: Axes, bins: list[dict[str, Any]], series: dict[str, list], kind
     x = [bins[i]["mean_sec"] for i in again]
     if kind == "distance":
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(TICKS_SEC))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     for number, (label, rows) in enumerate(series.items()):
         color = f"C{number}"
         y = [rows[i] for i in again]
@@ -61,7 +80,7 @@ def _lines(axes: Axes, bins: list[dict[str, Any]], series: dict[str, list], kind
             axes.fill_between(x, [r[1] for r in y], [r[2] for r in y], color=color, alpha=0.12, linewidth=0)
         if len(again) < len(bins) and x:
             mean, low, high = rows[0]
-            place = min(x) / 2 * 1.06**number
+            place = min(x) / 2 * 1.08**number
             axes.plot([place], [mean], color=color, marker="s", ms=4)
             if low is not None:
                 axes.vlines(place, low, high, color=color, linewidth=1)

@@ -69,20 +69,29 @@ def table(content: dict[str, Any]) -> str:
     lines += [
         "",
         "Differences on the same tokens (below 0: the first of the two predicts better); bold where the 95 % "
-        "interval over recordings leaves out 0:",
+        "interval over recordings leaves out 0. Within and beyond the receptive field of attention:",
         "",
-        "| | n (recordings) | " + " | ".join(pairs) + " |",
-        "| --- | --- |" + " --- |" * len(pairs),
+        *_differences(found, ("all", "reach"), pairs),
+        "",
+        "By distance:",
+        "",
+        *_differences(found, ("distance",), pairs),
     ]
+    return "\n".join(lines)
+
+
+def _differences(found: dict[str, Any], kinds: Sequence[str], pairs: Sequence[str]) -> list[str]:
+    """Rows of the bins of the measures of some kinds, a column for each pair of arms."""
+    lines = ["| | n (recordings) | " + " | ".join(pairs) + " |", "| --- | --- |" + " --- |" * len(pairs)]
     for name, measure in found.items():
         kind, what = name.split("/")
-        if kind == "position":
-            continue  # the figure shows these
+        if kind not in kinds:
+            continue
         for index, edges in enumerate(measure["bins"]):
             cells = [_cell(measure["differences"][pair][index], bold=True) for pair in pairs]
             counted = f"{edges['observations']} ({edges['recordings']})"
             lines.append(f"| {what}, {bin_label(edges)} | {counted} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return lines
 
 
 def _cell(row: list[float | None], bold: bool = False) -> str:
