@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from training import SAMPLE, compose_config, dialogue, run
+from training import SAMPLE, compose_config, dialogue, run, write_recording
 
 from evaluation.nll_by_distance.__main__ import run as evaluate
 from evaluation.nll_by_distance.arms import Arm, comparisons, reset_every
@@ -338,6 +338,17 @@ def test_the_command_compares_checkpoints_on_the_same_codes(runs, tmp_path):
     assert sum(b["observations"] for b in words) == sum(len(side.words) for side in sides)
     assert (tmp_path / "nll.png").stat().st_size > 10_000
     assert "| words, first |" in (tmp_path / "nll.md").read_text()
+
+
+def test_recordings_without_words_have_audio_alone(runs, tmp_path):
+    samples = np.stack((dialogue(4)[:, 0], np.zeros(len(dialogue(4)), np.float32)), axis=1)
+    mono = write_recording(tmp_path / "mono", samples)
+    evaluate(config_of(tmp_path, f"checkpoints=[{runs['plain']}]", f"recordings={mono}", "both_sides=true"))
+    content = json.loads((tmp_path / "nll.json").read_text())
+    streams = ("all/semantic", "position/semantic", "all/acoustic", "position/acoustic")
+    assert sorted(content["measures"]) == sorted(streams)
+    assert content["about"]["sides"] == 1
+    assert (tmp_path / "nll.md").read_text().splitlines()[2] == "| arm | semantic | acoustic |"
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):

@@ -1,5 +1,7 @@
 """The figure: NLL by position and by distance, and what the memory changes."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,9 @@ def draw(content: dict[str, Any], path: Path) -> None:
             below.axhline(0, color="black", linewidth=1)
         upper[0].set_ylabel("NLL (nats a token)")
         lower[0].set_ylabel("difference on the same tokens (nats)\nbelow 0: the first predicts better")
-    for axes, side, title in ((grid[0, 0], "left", "NLL"), (grid[1, 0], "right", "difference")):
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, fontsize=9, loc=f"outside lower {side}", title=title)
+    legends = (grid[0, 0].get_legend_handles_labels(), grid[1, 0].get_legend_handles_labels())
+    figure.legend(*legends[0], fontsize=9, loc="outside lower left", title="NLL")
+    figure.legend(*legends[1], fontsize=9, loc="outside lower right", title="difference")
     windows = "/".join(map(str, about["windows_frames"]))
     figure.suptitle(
         f"{Path(about['recordings']).name}: {about['number']} recordings, "
@@ -57,13 +59,16 @@ def draw(content: dict[str, Any], path: Path) -> None:
 def _panel(axes: Axes, name: str, measure: dict[str, Any], part: str, about: dict[str, Any]) -> None:
     kind = name.split("/")[0]
     axes.set_visible(True)
-    _lines(axes, measure["bins"], measure[part], kind)
+    colors = ("C0", "C1", "C2", "C3") if part == "arms" else ("C4", "C5", "C6", "C8")
+    _lines(axes, measure["bins"], measure[part], kind, colors)
     _mark_reach(axes, about)
     axes.set_xlabel(X_LABELS[kind])
     axes.grid(alpha=0.3)
 
 
-def _lines(axes: Axes, bins: list[dict[str, Any]], series: dict[str, list], kind: str) -> None:
+def _lines(
+    axes: Axes, bins: list[dict[str, Any]], series: dict[str, list], kind: str, colors: Sequence[str]
+) -> None:
     """A line with its interval for each series; what was not there before is a point at the left."""
     again = [i for i, edges in enumerate(bins) if not edges["first"]]
     x = [bins[i]["mean_sec"] for i in again]
@@ -73,17 +78,17 @@ def _lines(axes: Axes, bins: list[dict[str, Any]], series: dict[str, list], kind
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
     for number, (label, rows) in enumerate(series.items()):
-        color = f"C{number}"
+        color = colors[number % len(colors)]
         y = [rows[i] for i in again]
         axes.plot(x, [row[0] for row in y], color=color, marker="o", ms=3, label=label)
-        if all(row[1] is not None for row in y):
-            axes.fill_between(x, [r[1] for r in y], [r[2] for r in y], color=color, alpha=0.12, linewidth=0)
+        low, high = ([math.nan if row[i] is None else row[i] for row in y] for i in (1, 2))
+        axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         if len(again) < len(bins) and x:
-            mean, low, high = rows[0]
+            mean, lowest, highest = rows[0]
             place = min(x) / 2 * 1.08**number
             axes.plot([place], [mean], color=color, marker="s", ms=4)
-            if low is not None:
-                axes.vlines(place, low, high, color=color, linewidth=1)
+            if lowest is not None:
+                axes.vlines(place, lowest, highest, color=color, linewidth=1)
     if len(again) < len(bins) and x:
         axes.annotate("first", (min(x) / 2, 0.01), xycoords=("data", "axes fraction"), fontsize=8)
 

@@ -12,8 +12,9 @@ from evaluation.statistics import Interval
 
 
 def summarize(measures: Measures, pairs: Sequence[tuple[str, str]], draws: int) -> dict[str, Any]:
-    """Every measure: its bins, and in each the mean and interval of each arm and of each difference."""
-    return {name: _summarize(measure, pairs, draws) for name, measure in measures.found.items()}
+    """Every measure that has observations: its bins, and in each the means of arms and differences."""
+    there = {name: measure for name, measure in measures.found.items() if measure.counts.any()}
+    return {name: _summarize(measure, pairs, draws) for name, measure in there.items()}
 
 
 def _summarize(measure: Measure, pairs: Sequence[tuple[str, str]], draws: int) -> dict[str, Any]:
@@ -72,11 +73,9 @@ def table(content: dict[str, Any]) -> str:
         "interval over recordings leaves out 0. Within and beyond the receptive field of attention:",
         "",
         *_differences(found, ("all", "reach"), pairs),
-        "",
-        "By distance:",
-        "",
-        *_differences(found, ("distance",), pairs),
     ]
+    if any(name.startswith("distance/") for name in found):
+        lines += ["", "By distance:", "", *_differences(found, ("distance",), pairs)]
     return "\n".join(lines)
 
 
