@@ -25,10 +25,10 @@ def _summarize(measure: Measure, pairs: Sequence[tuple[str, str]], draws: int) -
 
     bins = [
         {
-            "from_sec": None if measure.edges[i] == FIRST else round(measure.edges[i], 3),
-            "to_sec": None if math.isinf(measure.edges[i + 1]) else round(measure.edges[i + 1], 3),
+            "from_sec": _edge(measure.edges[i]),
+            "to_sec": None if measure.edges[i] == FIRST else _edge(measure.edges[i + 1]),
             "first": measure.edges[i] == FIRST,
-            "mean_sec": round(measure.places[:, i].sum() / measure.counts[:, i].sum(), 3),
+            "mean_sec": _mean_place(measure, i),
             "observations": int(measure.counts[:, i].sum()),
             "recordings": int((measure.counts[:, i] > 0).sum()),
         }
@@ -39,6 +39,16 @@ def _summarize(measure: Measure, pairs: Sequence[tuple[str, str]], draws: int) -
         "arms": {arm: rows(measure.means(arm, draws)) for arm in measure.sums},
         "differences": {f"{a} - {b}": rows(measure.differences(a, b, draws)) for a, b in pairs},
     }
+
+
+def _edge(edge: float) -> float | None:
+    return None if edge == FIRST or math.isinf(edge) else round(edge, 3)
+
+
+def _mean_place(measure: Measure, i: int) -> float | None:
+    if measure.edges[i] == FIRST:
+        return None
+    return round(measure.places[:, i].sum() / measure.counts[:, i].sum(), 3)
 
 
 def _numbers(interval: Interval) -> list[float | None]:
