@@ -19,7 +19,7 @@ from omegaconf import MISSING, DictConfig
 
 from evaluation.plot_diagnostics import InnerLossCurves, draw_inner_loss_over_positions
 from finetune.data.clips import Clip, ClipEncoder
-from finetune.data.interleaver import TextTokens
+from finetune.data.interleaver import TextLayout, TextTokens
 from finetune.data.manifest import read_manifest
 from inference.command import typed_config
 from inference.generate import choose_device
@@ -103,10 +103,9 @@ def run(config: InnerLossConfig) -> Path:
     loaded = load_checkpoint(config.checkpoint, device)
     logger.info("%s", context_line(loaded.model, inference=True))
     mimi, tokenizer = load_mimi(loaded.base, device), load_tokenizer(loaded.base)
-    data = loaded.config["data"]
-    speaker = data["main_speaker"] if data["keep_main_only"] else None
+    layout = TextLayout.of(loaded.config["data"])
     special = TextTokens.of(loaded.model)
-    encoder = ClipEncoder(mimi, tokenizer, special, config.duration_sec, speaker)
+    encoder = ClipEncoder(mimi, tokenizer, special, config.duration_sec, layout)
     codes = [encoder.encode([Clip(recording, 0.0)]).codes[0] for recording in found]
     # Behind the end of a recording there is nothing to learn.
     curves = inner_loss_curves(loaded.model, [c[:, (c[1:] != special.zero).any(0)] for c in codes])

@@ -1,7 +1,8 @@
 """`python -m finetune.train experiment=demo run_dir=runs/demo`, the same under torchrun."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -9,10 +10,12 @@ import torch
 from omegaconf import DictConfig
 
 from finetune.config import TrainConfig, register, to_typed
+from finetune.data.bad_input import BadInput
 from finetune.data.chunks import ChunkEncoder, chunk_batches
 from finetune.data.clips import Batch, Clip, ClipEncoder, cut_clips, training_batches
 from finetune.data.interleaver import TextTokens
-from finetune.data.manifest import read_manifest
+from finetune.data.mixing import MixedOrder, per_recording
+from finetune.data.sources import all_recordings, read_sources
 from finetune.distributed import Process, start, stop, wait_for_all
 from finetune.persistence import GIB, available_bytes, refuse_oversized
 from finetune.plot import plot_losses
@@ -28,16 +31,31 @@ from moshi_ttt.warm_start import find_warm_start
 logger = logging.getLogger(__name__)
 
 
-def read_clips(config: TrainConfig) -> tuple[list[Clip], list[Clip]]:
+@dataclass
+class ClipSource:
+    """Training clips of one source and how often it is drawn, relative to the others."""
+
+    weight: float
+    clips: list[Clip]
+
+
+def read_clips(config: TrainConfig, bad_input: BadInput) -> tuple[list[ClipSource], list[Clip]]:
     """Training and validation clips; every file is checked before anything is built or written."""
-    train = cut_clips(read_manifest(config.data.train, config.data.root), config.duration_sec)
+    data = config.data
+    train = [
+        ClipSource(source.weight, cut_clips(source.recordings, config.duration_sec))
+        for source in read_sources(data.train, data.sources, bad_input)
+    ]
     valid: list[Clip] = []
-    if config.data.valid is not None:
-        valid = cut_clips(read_manifest(config.data.valid, config.data.root), config.duration_sec)
+    if data.valid is not None:
+        recordings = all_recordings(read_sources(data.valid, data.sources, bad_input))
+        valid = cut_clips(recordings, config.duration_sec)
     return train, valid[: config.eval.max_clips]
 
 
-def build_parts(config: TrainConfig, valid_clips: list[Clip], process: Process) -> Parts:
+def build_parts(
+    config: TrainConfig, valid_clips: list[Clip], process: Process, bad_input: BadInput | None = None
+) -> Parts:
     """Load or make everything that a run needs, and choose what trains."""
     settings = config.settings
     base = find_base(settings.model)
@@ -67,7 +85,8 @@ def build_parts(config: TrainConfig, valid_clips: list[Clip], process: Process) 
         tokenizer,
         TextTokens.of(model),
         config.duration_sec,
-        config.data.main_speaker if config.data.keep_main_only else None,
+        config.data.layout,
+        bad_input,
     )
     prompt = None
     if config.eval.prompt is not None:
@@ -77,10 +96,12 @@ def build_parts(config: TrainConfig, valid_clips: list[Clip], process: Process) 
 
 
 def make_batches(
-    config: TrainConfig, encoder: ClipEncoder, clips: list[Clip], process: Process
+    config: TrainConfig, encoder: ClipEncoder, sources: Sequence[ClipSource], process: Process
 ) -> Iterator[Batch]:
     """This process's batches without end: clips in any order, or recordings chunk by chunk."""
+    clips = [clip for source in sources for clip in source.clips]
     order = (config.seed, config.data.shuffle, process.rank, process.world_size)
+    mix = mix_sources(config, sources) if len(sources) > 1 else None
     if config.ttt.persistent_states:
         chunks = ChunkEncoder(encoder)
         logger.info(
@@ -89,8 +110,21 @@ def make_batches(
             len(clips),
             chunks.num_frames,
         )
-        return chunk_batches(chunks, clips, config.batch_size, config.num_microbatches, *order)
-    return training_batches(encoder, clips, config.batch_size, *order)
+        return chunk_batches(chunks, clips, config.batch_size, config.num_microbatches, *order, mix)
+    return training_batches(encoder, clips, config.batch_size, *order, mix)
+
+
+def mix_sources(config: TrainConfig, sources: Sequence[ClipSource]) -> MixedOrder:
+    """The order of the clips of several sources; with persistent states of their recordings.
+
+    Weights are shares of clips in either.
+    """
+    lengths = [len(source.clips) for source in sources]
+    weights = [source.weight for source in sources]
+    if config.ttt.persistent_states:
+        recordings = [sum(clip.is_first for clip in source.clips) for source in sources]
+        weights, lengths = per_recording(weights, lengths, recordings), recordings
+    return MixedOrder(lengths, weights, config.seed, config.data.shuffle)
 
 
 def train(config: TrainConfig, process: Process) -> Path:
@@ -99,17 +133,19 @@ def train(config: TrainConfig, process: Process) -> Path:
     run_dir = Path(config.run_dir).expanduser()
     refuse_existing(run_dir)
     with RunLog() as log:
-        train_clips, valid_clips = read_clips(config)
-        parts = build_parts(config, valid_clips, process)
+        bad_input = BadInput(config.data.on_error, config.data.max_error_fraction)
+        train_sources, valid_clips = read_clips(config, bad_input)
+        parts = build_parts(config, valid_clips, process, bad_input)
         metrics = None
         wait_for_all(process)  # nobody still looks whether the run directory exists
         if process.is_main:
             create_run_dir(config)
             log.open(run_dir / "train.log")
-            logger.info("%d training clips, %d validation clips", len(train_clips), len(valid_clips))
+            num_clips = sum(len(source.clips) for source in train_sources)
+            logger.info("%d training clips, %d validation clips", num_clips, len(valid_clips))
             logger.info("layers:\n%s", describe(parts.model))
             metrics = Metrics(run_dir, config)
-        batches = make_batches(config, parts.encoder, train_clips, process)
+        batches = make_batches(config, parts.encoder, train_sources, process)
         trainer = Trainer(config, parts, batches, process, run_dir, metrics)
         if config.mode == "frozen":
             trainer.evaluate()
@@ -119,6 +155,8 @@ def train(config: TrainConfig, process: Process) -> Path:
             metrics.close()
             title = f"{run_dir.name}: {config.mode} on {config.model.source}"
             logger.info("losses: %s", plot_losses(run_dir, title))
+            if bad_input.reasons:
+                logger.warning("%s", bad_input.summary())
             logger.info("done: %s", run_dir)
     return run_dir
 

@@ -1,6 +1,10 @@
 """What cannot be trained on or with is a ValueError that names it and the remedy, before a run exists."""
 
+import gzip
 import json
+import shutil
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +12,26 @@ import pytest
 import soundfile
 import torch
 from hydra.errors import HydraException
-from training import SAMPLE, TINY, compose_config, dialogue, own_logging, run, write_recording
+from training import (
+    CPU,
+    SAMPLE,
+    TINY,
+    compose_config,
+    dialogue,
+    one_step,
+    own_logging,
+    run,
+    run_python,
+    tiny_config,
+    write_recording,
+)
 
-from finetune.train import main
+from finetune.data.bad_input import BadInput
+from finetune.data.chunks import ChunkEncoder
+from finetune.data.clips import ClipEncoder, cut_clips, training_batches
+from finetune.data.manifest import read_manifest
+from finetune.data.sources import SourceSettings, read_sources
+from finetune.train import build_parts, main
 
 AUDIO = dialogue(4)[96000:134400]  # 1.6 s of speech
 
@@ -131,23 +152,6 @@ def test_a_file_that_is_cut_short(data, tmp_path):
     data.with_name("a.wav").unlink()
     data.write_text('{"path": "a.flac", "duration": 1.6}')
     refused(tmp_path, f"{data}:1: .*a.flac", f"data.train={data}")
-
-
-@pytest.mark.parametrize(
-    "ending, options",
-    [
-        ("au", {}),
-        ("w64", {}),
-        ("ogg", {"format": "OGG", "subtype": "OPUS"}),
-        ("wav", {"subtype": "IMA_ADPCM"}),
-    ],
-)
-def test_a_format_that_the_reader_of_clips_cannot_read(data, tmp_path, ending, options):
-    # libsndfile checks the files and symphonia reads the clips: they know different formats.
-    data.with_name("a.wav").unlink()
-    soundfile.write(data.with_name(f"a.{ending}"), AUDIO, 24000, **options)
-    data.write_text(json.dumps({"path": f"a.{ending}", "duration": 1.6}))
-    refused(tmp_path, f"{data}:1: .*a.{ending}", f"data.train={data}")
 
 
 @pytest.mark.parametrize("path", ["../outside.wav", "{root}/outside.wav", "link.wav", "linked/outside.wav"])
@@ -296,3 +300,165 @@ def test_a_prompt_that_is_missing(tmp_path):
 def test_a_prompt_that_is_stereo(tmp_path):
     prompt = SAMPLE / "audio/dialogue_4.flac"
     refused(tmp_path, f"{prompt} has 2 channels", f"eval.prompt={prompt}")
+
+
+def bad_files(folder: Path, total: int, *bad: int) -> Path:
+    """A data set of recordings of 0.64 s of which some are no audio; the list's lines begin with 1."""
+    lines = []
+    for number in range(1, total + 1):
+        data = write_recording(folder, AUDIO[:15360])
+        for ending in (".wav", ".json"):
+            data.with_name(f"a{ending}").rename(folder / f"{number}{ending}")
+        lines.append(data.read_text().replace("a.wav", f"{number}.wav"))
+        if number in bad:
+            (folder / f"{number}.wav").write_bytes(b"no audio")
+    data.write_text("".join(lines))
+    return data
+
+
+SKIP = ("data.valid=null", "data.on_error=skip", "duration_sec=0.64", "max_steps=2")
+
+
+def test_bad_recordings_are_skipped_counted_and_logged(tmp_path):
+    data = bad_files(tmp_path / "data", 5, 2, 4)
+    run_dir = run(tmp_path / "run", f"data.train={data}", "data.max_error_fraction=0.4", *SKIP)
+    log = (run_dir / "train.log").read_text()
+    for line in (2, 4):
+        assert f"skipped {data}:{line}: {data.parent}/{line}.wav is no audio file that can be read" in log
+    assert "2 of 5 recordings cannot be used (40.00%); going on without them" in log
+    assert "3 training clips" in log
+    assert log.count("skipped") == 2
+
+
+def test_more_bad_recordings_than_allowed_stop_the_run(tmp_path):
+    data = bad_files(tmp_path / "data", 5, 2, 4)
+    match = (
+        r"2 of 5 recordings cannot be used \(40.00%\), more than data.max_error_fraction=0.39 allows; "
+        rf"repair them .* The first: {data}:2: .*; {data}:4: "
+    )
+    refused(tmp_path, match, f"data.train={data}", "data.max_error_fraction=0.39", *SKIP)
+    refused(tmp_path, f"{data}:2: ", f"data.train={data}", *SKIP, "data.on_error=raise")
+    everything = bad_files(tmp_path / "none", 1, 1)
+    refused(tmp_path, "1 of 1 recordings", f"data.train={everything}", *SKIP)
+
+
+def test_without_checks_a_broken_file_shows_when_it_is_used(tmp_path):
+    data = bad_files(tmp_path / "data", 4, 2)
+    (data.parent / "3.json").write_text("{")
+    late = (f"data.train={data}", *SKIP, "data.check_files=false", "max_steps=4")
+    run_dir = run(tmp_path / "run", *late, "data.max_error_fraction=0.5")
+    log = (run_dir / "train.log").read_text()
+    assert f"skipped {data.parent}/2.wav is no audio file" in log
+    assert f"skipped {data.parent}/3.json: not JSON" in log
+    assert "2 of 4 recordings cannot be used (50.00%)" in log
+    with pytest.raises(ValueError, match=r"more than data.max_error_fraction=0.3 allows"):
+        run(tmp_path / "other", *late, "data.max_error_fraction=0.3")
+
+
+def encoder_of(tmp_path, *overrides):
+    config = tiny_config(tmp_path / "run", "duration_sec=0.64", *overrides)
+    bad_input = BadInput("skip", 0.5)
+    return build_parts(config, [], CPU, bad_input).encoder, bad_input
+
+
+def test_a_file_that_vanishes_leaves_its_place_without_targets_and_the_rest_as_it_was(tmp_path):
+    data = bad_files(tmp_path / "data", 4)
+    clips = cut_clips(read_manifest(data), 0.64)
+    encoder, bad_input = encoder_of(tmp_path)
+    bad_input.expect(4)
+    draws = [lambda r=rank: training_batches(encoder, clips, 2, 0, True, r, 2) for rank in (0, 1)]
+    before = [[next(batches) for _ in range(2)] for batches in (draw() for draw in draws)]
+    (data.parent / "3.wav").unlink()
+    encoder, _ = encoder_of(tmp_path)
+    encoder.bad_input = bad_input
+    after = [[next(batches) for _ in range(2)] for batches in (draw() for draw in draws)]
+    lost = 0
+    for old, new in zip(sum(before, []), sum(after, []), strict=True):
+        assert new.clips == old.clips
+        for clip, was, codes in zip(old.clips, old.codes, new.codes, strict=True):
+            gone = clip.recording.path.name == "3.wav"
+            lost += gone
+            assert torch.equal(codes, torch.full_like(was, -1) if gone else was)
+    assert lost == 2
+    assert list(bad_input.reasons) == [str(data.parent / "3.wav")]
+    (chunk,) = [clip for clip in clips if clip.recording.path.name == "3.wav"]
+    assert (ChunkEncoder(encoder).encode([chunk]).codes == -1).all()
+    encoder.bad_input = BadInput()
+    with pytest.raises(ValueError, match="3.wav is no audio file that can be read .*No such file"):
+        ClipEncoder.encode(fresh(encoder), [chunk])
+
+
+def fresh(encoder: ClipEncoder) -> ClipEncoder:
+    """The same encoder without what it remembers."""
+    return ClipEncoder(encoder.mimi, encoder.tokenizer, encoder.special, encoder.duration_sec, encoder.layout)
+
+
+def test_nothing_is_learnt_from_a_place_without_targets(tmp_path, random_codes):
+    codes = random_codes(1, 16)
+    both = torch.cat((codes, torch.full_like(codes, -1)))
+    logged, gradients = one_step(tmp_path / "alone", [codes])
+    with_lost, same = one_step(tmp_path / "both", [both])
+    assert with_lost["loss"] == pytest.approx(logged["loss"], rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_file_that_may_not_be_read(tmp_path):
+    # Root may read everything, so another user tries.
+    folder = Path(tempfile.mkdtemp())
+    try:
+        data = write_recording(folder / "data", AUDIO)
+        folder.chmod(0o755)
+        data.with_name("a.wav").chmod(0)
+        printed = run_python("tests/read_recordings.py", "nobody", str(data))
+        assert f"ValueError: {data}:1: {data.parent}/a.wav is no audio file that can be read" in printed
+        assert "Permission denied" in printed
+        data.parent.chmod(0)
+        printed = run_python("tests/read_recordings.py", "nobody", str(data))
+        assert f"ValueError: data list {data} cannot be read after line 0" in printed
+    finally:
+        data.parent.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_million_lines_and_one_that_is_bad(tmp_path):
+    data = write_recording(tmp_path / "data", AUDIO[:2400])
+    good = data.read_bytes()
+    data.write_bytes(good * 59_999 + b'{"path": "a.wav"\n' + good * 10_000)
+    started = time.process_time()
+    with pytest.raises(ValueError, match=f"{data}:60000: not JSON"):
+        read_sources(str(data), SourceSettings(check_files=False), BadInput())
+    assert time.process_time() - started < 6  # a million lines take 16 s of one core
+
+
+def test_a_packed_list_that_is_cut_short_and_a_line_without_end(data, tmp_path):
+    packed = data.with_name("list.jsonl.gz")
+    packed.write_bytes(gzip.compress(data.read_bytes() * 50)[:-12])
+    refused(tmp_path, f"data list {packed} cannot be read after line", f"data.train={packed}")
+    packed.write_bytes(gzip.compress(b"x" * 3_000_000))
+    refused(tmp_path, f"{packed}:1: a line of more than 1048576 bytes", f"data.train={packed}")
+
+
+@pytest.mark.parametrize(
+    "path", ["a\0b.wav", "\ud800.wav", "x" * 5000, "loop/a.wav", ".", "..", "", "a.wav/b"]
+)
+def test_a_path_that_cannot_be_followed(data, tmp_path, path):
+    data.with_name("loop").symlink_to("loop")
+    replace_line(data, path=path)
+    refused(tmp_path, f"^{data}:3: ", f"data.train={data}")
+
+
+@pytest.mark.parametrize(
+    "overrides, match",
+    [
+        (["data.on_error=ignore"], "data.on_error must be raise or skip; got 'ignore'"),
+        (["data.max_error_fraction=1"], "data.max_error_fraction must be at least 0 and below 1, got 1"),
+        (["data.user_channel=music"], "data.user_channel must be silence or noise; got 'music'"),
+        (["data.user_noise_dbfs=3"], "data.user_noise_dbfs is in dB of full scale: at most 0; got 3"),
+        (["data.use_bos_eos=true"], "data.keep_main_only leaves one of them; set one of both to false"),
+        (["data.audio_delay_sec=nan"], "data.audio_delay_sec must be a number of seconds, got nan"),
+        (["data.in_word_padding=-1"], "data.in_word_padding must be a token, or null for padding; got -1"),
+    ],
+)
+def test_data_settings_that_cannot_work(tmp_path, overrides, match):
+    refused(tmp_path, match, *overrides)

@@ -10,7 +10,14 @@ import torch
 from training import SAMPLE, dialogue, write_recording
 
 from finetune.data.clips import Clip, ClipEncoder, clip_order, cut_clips, training_batches
-from finetune.data.interleaver import TextTokens, clip_text_stream, text_stream, tokenize, words_in_clip
+from finetune.data.interleaver import (
+    TextLayout,
+    TextTokens,
+    clip_text_stream,
+    text_stream,
+    tokenize,
+    words_in_clip,
+)
 from finetune.data.manifest import Recording, Word, read_manifest
 from moshi_ttt.loading import load_mimi, load_tokenizer
 
@@ -35,8 +42,8 @@ def mimi(tiny_base):
 
 @pytest.fixture
 def encoder(mimi, tokenizer):
-    def encoder(duration_sec, main_speaker=MAIN):
-        return ClipEncoder(mimi, tokenizer, SPECIAL, duration_sec, main_speaker)
+    def encoder(duration_sec):
+        return ClipEncoder(mimi, tokenizer, SPECIAL, duration_sec, TextLayout())
 
     return encoder
 
@@ -110,14 +117,95 @@ GOLDEN = {
 
 @pytest.mark.parametrize("words, expected", GOLDEN.values(), ids=GOLDEN.keys())
 def test_the_text_stream_is_as_worked_out_by_hand(tokenizer, words, expected):
-    stream = text_stream([Word(*word) for word in words], 10, 12.5, tokenizer, SPECIAL, MAIN)
+    stream = text_stream([Word(*word) for word in words], 10, 12.5, tokenizer, SPECIAL, TextLayout())
     assert stream.tolist() == expected
 
 
 def test_without_a_main_speaker_everybodys_words_are_placed(tokenizer):
     words = [Word("was", 0.16, 0.3, MAIN), Word("not", 0.24, 0.5, USER)]
-    stream = text_stream(words, 6, 12.5, tokenizer, SPECIAL, None)
+    stream = text_stream(words, 6, 12.5, tokenizer, SPECIAL, TextLayout(keep_main_only=False))
     assert stream.tolist() == [P, E, WAS[0], *NOT, P, P]
+
+
+B, S, W = 1, 2, 9  # BOS, EOS, padding within words
+EVERYBODY = TextLayout(keep_main_only=False)
+OPTIONS = {
+    "turns begin with BOS and EOS, those of other users do not": (
+        TextLayout(keep_main_only=False, use_bos_eos=True),
+        [
+            ("not", 0.0, 0.1, MAIN),
+            ("you", 0.32, 0.4, USER),
+            ("the", 0.56, 0.6, "C"),
+            ("not", 0.72, 0.8, MAIN),
+        ],
+        [B, *NOT, P, E, S, *YOU, E, *THE, E, B],
+    ),
+    "the user begins without EOS": (
+        TextLayout(keep_main_only=False, use_bos_eos=True),
+        [("you", 0.16, 0.3, USER), ("not", 0.4, 0.5, MAIN)],
+        [P, E, *YOU, P, E, B, *NOT, P, P, P],
+    ),
+    "a word without duration takes the turn": (
+        TextLayout(keep_main_only=False, use_bos_eos=True),
+        [
+            ("the", 0.08, 0.08, USER),
+            ("you", 0.32, 0.4, USER),
+            ("not", 0.64, 0.64, MAIN),
+            ("not", 0.72, 0.8, MAIN),
+        ],
+        [P, P, P, E, *YOU, P, P, P, E, *NOT],
+    ),
+    "words are said to their ends": (
+        TextLayout(keep_and_shift=True),
+        [("amiable", 0.08, 0.6, MAIN), ("you", 0.16, 0.5, MAIN)],
+        [E, *AMIABLE, *YOU, P],
+    ),
+    "the text is ahead of late audio; words that end before it starts are lost": (
+        TextLayout(audio_delay_sec=0.16),
+        [("the", 0.0, 0.1, MAIN), ("not", 0.08, 0.4, MAIN), ("you", 0.56, 0.6, MAIN)],
+        [*NOT, P, P, P, E, *YOU, P, P, P, P][:10],
+    ),
+    "the text is behind early audio, and no target before it": (
+        TextLayout(audio_delay_sec=-0.2),
+        [("not", 0.16, 0.3, MAIN)],
+        [Z, Z, P, E, *NOT, P, P, P, P, P],
+    ),
+    "a word lasts behind its tokens": (
+        TextLayout(in_word_padding=W),
+        [("not", 0.08, 0.33, MAIN), ("you", 0.56, 0.6, MAIN)],
+        [E, *NOT, W, W, W, P, E, *YOU, P, P],
+    ),
+    "the end of padding may be within a word": (
+        TextLayout(in_word_padding=W),
+        [("not", 0.0, 0.6, MAIN), ("you", 0.24, 0.3, MAIN)],
+        [*NOT, W, E, *YOU, P, P, P, P, P, P],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout, words, expected", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_interleavers_options_are_as_worked_out_by_hand(tokenizer, layout, words, expected):
+    assert (tokenizer.bos_id(), tokenizer.eos_id()) == (B, S)
+    stream = text_stream([Word(*word) for word in words], 10, 12.5, tokenizer, SPECIAL, layout)
+    assert stream.tolist() == expected
+
+
+def test_a_word_that_a_delay_puts_right_behind_a_clip_ends_its_padding(tokenizer):
+    # moshi-finetune lays out more frames than the clip has, and cuts.
+    words = [Word("not", 0.56, 0.6, MAIN)]
+    layout = TextLayout(audio_delay_sec=-0.08)
+    assert clip_text_stream(words, 8, 8, 12.5, tokenizer, SPECIAL, layout).tolist() == [Z, *[P] * 6, E]
+
+
+def test_without_a_transcript_no_frame_has_a_text_target(tokenizer):
+    assert words_in_clip(None, 0.0, 1.0) is None
+    assert clip_text_stream(None, 8, 8, 12.5, tokenizer, SPECIAL, EVERYBODY).tolist() == [Z] * 8
+
+
+def test_settings_of_a_config_are_the_layout_and_older_ones_have_defaults():
+    settings = {"keep_main_only": False, "main_speaker": "A", "train": "x"}
+    assert TextLayout.of(settings) == TextLayout(keep_main_only=False, main_speaker="A")
+    assert TextLayout.of({}) == TextLayout()
 
 
 def test_a_clip_has_the_words_that_start_in_it_in_its_own_time():
@@ -132,12 +220,12 @@ def test_a_clip_has_the_words_that_start_in_it_in_its_own_time():
 
 def test_a_short_last_clip_has_padding_targets_behind_its_audio(tokenizer):
     # moshi-finetune multiplies frames by the frame rate: 2 frames of audio have 25 frames of text.
-    stream = clip_text_stream([Word("not", 0.16, 0.3, MAIN)], 30, 2, 12.5, tokenizer, SPECIAL, MAIN)
+    stream = clip_text_stream([Word("not", 0.16, 0.3, MAIN)], 30, 2, 12.5, tokenizer, SPECIAL, TextLayout())
     assert stream.tolist() == [P, E, *NOT, *[P] * 22, *[Z] * 5]
 
 
 def test_a_full_clip_has_text_to_its_end(tokenizer):
-    assert clip_text_stream([], 8, 8, 12.5, tokenizer, SPECIAL, MAIN).tolist() == [P] * 8
+    assert clip_text_stream([], 8, 8, 12.5, tokenizer, SPECIAL, TextLayout()).tolist() == [P] * 8
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from finetune.data.interleaver import text_stream
 from finetune.data.manifest import read_manifest
 from finetune.loss import LossWeights, loss_sums, weighted_targets
 from finetune.run_dir import Metrics
-from finetune.train import build_parts, make_batches
+from finetune.train import ClipSource, build_parts, make_batches
 from finetune.trainer import Trainer
 from finetune.validation import carried_validation_loss, evaluation_mode
 from moshi_ttt.carried import CarriedState, forward_chunk, fresh_state
@@ -63,7 +63,7 @@ def trainer_of(run_dir, recordings, *overrides: str) -> Trainer:
     chunks = cut_clips(read_manifest(config.data.train), config.duration_sec)
     parts = build_parts(config, chunks, CPU)
     run_dir.mkdir()
-    batches = make_batches(config, parts.encoder, chunks, CPU)
+    batches = make_batches(config, parts.encoder, [ClipSource(1.0, chunks)], CPU)
     return Trainer(config, parts, batches, CPU, run_dir, Metrics(run_dir, config))
 
 
@@ -136,7 +136,7 @@ def test_chunks_are_slices_of_the_whole_recording(tmp_path, recordings):
             audio = clips.mimi.encode(torch.from_numpy(samples.T)[:, None].contiguous())
         assert audio.shape[-1] == frames
         assert torch.equal(codes[1:, :frames], audio.flatten(0, 1))
-        text = text_stream(recording.words, frames, 12.5, clips.tokenizer, clips.special, "SPEAKER_MAIN")
+        text = text_stream(recording.words, frames, 12.5, clips.tokenizer, clips.special, clips.layout)
         assert torch.equal(codes[0, :frames], text)
         assert len(set(text.tolist())) > 2
         assert (codes[:, frames:] == -1).all()

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-import sphn
 import torch
 from torch.nn import functional as F
 
+from finetune.data.audio import read_samples
 from finetune.data.clips import Batch, Clip, ClipEncoder, clip_order
 from finetune.data.interleaver import text_stream
-from finetune.data.manifest import Recording
+from finetune.data.mixing import MixedOrder
+from finetune.data.recording import Recording
 from moshi_ttt.streaming import encoding
 
 # Codes of an hour are 1.5 MB.
@@ -48,16 +49,19 @@ class ChunkEncoder:
     def _encode_recording(self, recording: Recording) -> torch.Tensor:
         """Codes of a whole recording in 16 bits, `[17, N]`."""
         clips, mimi = self.clips, self.clips.mimi
-        samples, _ = sphn.read(str(recording.path), sample_rate=mimi.sample_rate)
+        try:
+            samples = read_samples(recording, mimi.sample_rate)
+            words = recording.words if recording.words is None else tuple(recording.words)
+        except ValueError as error:
+            clips.bad_input.lose(str(recording.path), error)
+            return clips.no_targets(0)
         audio = torch.from_numpy(samples)[:, None]
         frames = math.ceil(audio.shape[-1] / mimi.frame_size)
         block = BLOCK_FRAMES * mimi.frame_size
         audio = F.pad(audio, (0, -audio.shape[-1] % block))
         with encoding(mimi, audio.shape[0], BLOCK_FRAMES):
             codes = torch.cat([mimi.encode(part.to(clips.device)) for part in audio.split(block, -1)], dim=-1)
-        text = text_stream(
-            recording.words, frames, mimi.frame_rate, clips.tokenizer, clips.special, clips.main_speaker
-        )
+        text = text_stream(words, frames, mimi.frame_rate, clips.tokenizer, clips.special, clips.layout)
         return torch.cat((text[None], codes[..., :frames].flatten(0, 1).cpu())).to(torch.int16)
 
 
@@ -72,14 +76,21 @@ def by_recording(chunks: Sequence[Clip]) -> list[list[Clip]]:
 
 
 def chunk_order(
-    recordings: Sequence[Sequence[Clip]], num_rows: int, seed: int, shuffle: bool
+    recordings: Sequence[Sequence[Clip]],
+    num_rows: int,
+    seed: int,
+    shuffle: bool,
+    mix: MixedOrder | None = None,
 ) -> Iterator[list[Clip]]:
     """The chunks of all rows, step by step without end.
 
     Each row goes through a recording from its first chunk to its last, then takes the next recording of one
     order that all rows share.
+
+    Args:
+        mix: the order of recordings of several sources; None draws from all of them alike.
     """
-    order = clip_order(len(recordings), seed, shuffle)
+    order = clip_order(len(recordings), seed, shuffle) if mix is None else iter(mix)
     rows = [iter(recordings[next(order)]) for _ in range(num_rows)]
     while True:
         step = []
@@ -101,6 +112,7 @@ def chunk_batches(
     shuffle: bool,
     rank: int,
     world: int,
+    mix: MixedOrder | None = None,
 ) -> Iterator[Batch]:
     """Micro-batches without end: the i-th of every step continues the rows of the i-th of the step before.
 
@@ -110,7 +122,7 @@ def chunk_batches(
     if not chunks:
         raise ValueError("there are no recordings to train on")
     num_rows = num_microbatches * world * batch_size
-    for rows in chunk_order(by_recording(chunks), num_rows, seed, shuffle):
+    for rows in chunk_order(by_recording(chunks), num_rows, seed, shuffle, mix):
         for slot in range(num_microbatches):
             first = (slot * world + rank) * batch_size
             yield encoder.encode(rows[first : first + batch_size])

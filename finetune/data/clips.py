@@ -7,12 +7,14 @@ from functools import lru_cache
 
 import numpy as np
 import sentencepiece
-import sphn
 import torch
 from moshi.models.compression import MimiModel
 
-from finetune.data.interleaver import TextTokens, clip_text_stream, words_in_clip
-from finetune.data.manifest import Recording
+from finetune.data.audio import read_samples
+from finetune.data.bad_input import BadInput
+from finetune.data.interleaver import TextLayout, TextTokens, clip_text_stream, words_in_clip
+from finetune.data.mixing import MixedOrder
+from finetune.data.recording import Recording
 
 # Encoding costs more than a small model's step. 100 s of codes are 42 kB, so this is at most 180 MB.
 REMEMBERED_CLIPS = 4096
@@ -66,7 +68,8 @@ class ClipEncoder:
         tokenizer: the text tokenizer.
         special: special tokens of the text stream.
         duration_sec: length of a clip.
-        main_speaker: whose words go on the text stream; None is everybody's.
+        layout: how words go on the text stream.
+        bad_input: what happens to recordings that cannot be read any more.
     """
 
     def __init__(
@@ -75,13 +78,15 @@ class ClipEncoder:
         tokenizer: sentencepiece.SentencePieceProcessor,
         special: TextTokens,
         duration_sec: float,
-        main_speaker: str | None,
+        layout: TextLayout,
+        bad_input: BadInput | None = None,
     ):
         self.mimi = mimi
         self.tokenizer = tokenizer
         self.special = special
         self.duration_sec = duration_sec
-        self.main_speaker = main_speaker
+        self.layout = layout
+        self.bad_input = bad_input or BadInput()
         self.num_frames = math.ceil(duration_sec * mimi.frame_rate)
         self.device = next(mimi.parameters()).device
         self._remembered = lru_cache(maxsize=REMEMBERED_CLIPS)(self._encode_one)
@@ -94,33 +99,36 @@ class ClipEncoder:
     @torch.no_grad()
     def _encode_one(self, clip: Clip) -> torch.Tensor:
         """Codes of one clip, `[17, T]` in 16 bits: Moshi's vocabularies have at most 32,000 entries."""
-        audio = torch.from_numpy(self._read(clip)).to(self.device)
+        recording = clip.recording
+        try:
+            samples = read_samples(recording, self.mimi.sample_rate, clip.start_sec, self.duration_sec)
+            words = words_in_clip(recording.words, clip.start_sec, self.duration_sec)
+        except ValueError as error:
+            self.bad_input.lose(str(recording.path), error)
+            return self.no_targets(self.num_frames)
+        audio = torch.from_numpy(samples).to(self.device)
         codes = self.mimi.encode(audio[:, None])[..., : self.num_frames]  # [2, 8, T]
         audio_frames = codes.shape[-1]
         missing = self.num_frames - audio_frames
         codes = torch.nn.functional.pad(codes, (0, missing), value=self.special.zero)
         text = clip_text_stream(
-            words_in_clip(clip.recording.words, clip.start_sec, self.duration_sec),
+            words,
             self.num_frames,
             audio_frames,
             self.mimi.frame_rate,
             self.tokenizer,
             self.special,
-            self.main_speaker,
+            self.layout,
         )
         return torch.cat((text[None], codes.flatten(0, 1).cpu())).to(torch.int16)
 
-    def _read(self, clip: Clip):
-        """Samples `[2, n]` at Mimi's rate. sphn resamples, as in moshi-finetune's loader."""
-        rate = self.mimi.sample_rate
-        audio, _ = sphn.read(
-            str(clip.recording.path),
-            start_sec=clip.start_sec,
-            duration_sec=self.duration_sec,
-            sample_rate=rate,
-        )
-        remaining = round((clip.recording.duration_sec - clip.start_sec) * rate)
-        return audio[:, :remaining]
+    def no_targets(self, num_frames: int) -> torch.Tensor:
+        """Codes `[17, T]` from which nothing is learnt: what stands for a clip that cannot be read.
+
+        It keeps its place in the batch, so that no process has to know of it and the order stays.
+        """
+        streams = 1 + 2 * self.mimi.num_codebooks
+        return torch.full((streams, num_frames), self.special.zero, dtype=torch.int16)
 
 
 def clip_order(num_clips: int, seed: int, shuffle: bool, start: int = 0) -> Iterator[int]:
@@ -147,12 +155,18 @@ def training_batches(
     shuffle: bool,
     rank: int,
     world: int,
+    mix: MixedOrder | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end. Process r of w gets clips r, r + w, ... of one global order."""
+    """Batches without end. Process r of w gets clips r, r + w, ... of one global order.
+
+    Args:
+        mix: the order of clips of several sources; None draws from all of them alike.
+    """
     if not clips:
         raise ValueError("there are no clips to train on")
     mine: list[Clip] = []
-    for position, index in enumerate(clip_order(len(clips), seed, shuffle)):
+    order = clip_order(len(clips), seed, shuffle) if mix is None else iter(mix)
+    for position, index in enumerate(order):
         if position % world == rank:
             mine.append(clips[index])
         if len(mine) == batch_size:

@@ -1,46 +1,54 @@
 """Lists of recordings in Kyutai's format, read and checked before anything else happens.
 
-A jsonl file has a line `{"path": "audio/a.wav", "duration": 12.5}` for each recording: stereo, left Moshi,
-right the user. `audio/a.json` beside the audio holds `{"alignments": [[word, [start, end], speaker], ...]}`
-with times in seconds.
+A jsonl file, or one packed as .jsonl.gz, has a line `{"path": "audio/a.wav", "duration": 12.5}` for each
+recording: stereo, left Moshi, right the user. Paths are relative to the list. `audio/a.json` beside the audio
+holds its words (finetune/data/transcript.py).
 """
 
-import json
-import math
+import gzip
+import hashlib
+import os
+import stat
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import soundfile
-import sphn
 from tqdm import tqdm
 
-DURATION_TOLERANCE_SEC = 0.1
-_FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
+from finetune.data.audio import DURATION_TOLERANCE_SEC, check_audio, read_header, require_channels
+from finetune.data.bad_input import BadInput
+from finetune.data.recording import Recording as Recording
+from finetune.data.recording import UserChannel
+from finetune.data.recording import Word as Word
+from finetune.data.transcript import WordsOnDemand, is_time, parse_json, read_words
+
+# A line holds a path and a number. More is no list, and would be read into memory whole.
+MAX_LINE_BYTES = 1 << 20
+# 11 days. Clips of what a list calls longer would fill the memory before anything is read.
+MAX_DURATION_SEC = 1e6
 
 
 @dataclass(frozen=True)
-class Word:
-    """A word of the transcript; times in seconds from the start of the recording."""
+class Rules:
+    """How recordings are to be read.
 
-    text: str
-    start: float
-    end: float
-    speaker: str
+    Args:
+        inside: folder that all audio must lie in.
+        check_files: open every file now; otherwise lists are believed until a file is used.
+        mono: recordings have one channel, the voice that Moshi learns, and no transcript.
+        noise_dbfs: level of the noise that is the user of mono recordings; None is silence.
+    """
 
-
-@dataclass(frozen=True)
-class Recording:
-    """A stereo recording and its words in the order of their starts."""
-
-    path: Path
-    duration_sec: float
-    words: tuple[Word, ...]
+    inside: Path
+    check_files: bool = True
+    mono: bool = False
+    noise_dbfs: float | None = None
 
 
 def read_manifest(jsonl: str | Path, root: str | Path | None = None) -> list[Recording]:
-    """Read and check every recording of a jsonl file.
+    """Read and check every stereo recording of a jsonl file.
 
     Args:
         jsonl: the list.
@@ -49,108 +57,126 @@ def read_manifest(jsonl: str | Path, root: str | Path | None = None) -> list[Rec
         ValueError: names the file and line of the first thing that is wrong, and what was expected.
     """
     jsonl = Path(jsonl).expanduser()
-    if not jsonl.is_file():
-        raise ValueError(f"data list {jsonl} does not exist; expected a jsonl file")
-    base = jsonl.parent.resolve()
-    inside = base if root is None else Path(root).expanduser().resolve()
-    try:
-        lines = jsonl.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data list {jsonl} is not UTF-8 text ({error})") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
+    inside = jsonl.resolve().parent if root is None else Path(root).expanduser().resolve()
+    return read_list(jsonl, Rules(inside), BadInput())
+
+
+def read_list(jsonl: Path, rules: Rules, bad_input: BadInput) -> list[Recording]:
+    """Read the recordings of a jsonl file.
+
+    Raises:
+        ValueError: the list itself cannot be read; or a recording, as `bad_input` decides.
+    """
+    lines = list(_numbered_lines(jsonl))
+    if not lines:
         raise ValueError(f"data list {jsonl} is empty; expected a line for each recording")
-    bar = tqdm(numbered, desc=f"checking {jsonl.name}", unit="file", disable=None, leave=False)
-    return [_read_entry(f"{jsonl}:{number}", line, base, inside) for number, line in bar]
+    base = str(jsonl.resolve().parent)
+    recordings = []
+    bad_input.expect(len(lines))
+    hidden = None if rules.check_files else True
+    for number, line in tqdm(lines, f"checking {jsonl.name}", unit="file", disable=hidden, leave=False):
+        where = f"{jsonl}:{number}"
+        try:
+            recordings.append(_read_entry(line, base, rules))
+        except ValueError as error:
+            bad_input.skip(where, ValueError(f"{where}: {error}"))
+    return recordings
 
 
-def _read_entry(where: str, line: str, base: Path, inside: Path) -> Recording:
+def _numbered_lines(jsonl: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers from 1."""
+    number = 0
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+        with gzip.open(jsonl) if jsonl.suffix == ".gz" else jsonl.open("rb") as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"{jsonl}:{number}: a line of more than {MAX_LINE_BYTES} bytes; no list")
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError as error:
+        raise ValueError(f"data list {jsonl} does not exist; expected a jsonl file or a folder") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"data list {jsonl} cannot be read after line {number} ({error})") from error
+
+
+def _read_entry(line: bytes, base: str, rules: Rules) -> Recording:
+    try:
+        entry = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise ValueError(f'{where}: expected {{"path": ..., "duration": seconds}}, got {line[:80]}')
+        shown = line[:80].decode("utf-8", "replace").strip()
+        raise ValueError(f'expected {{"path": ..., "duration": seconds}}, got {shown}')
     duration = entry.get("duration")
-    if duration is None or not _is_time(duration) or duration <= 0:
-        raise ValueError(f"{where}: duration must be a number of seconds above 0, got {duration!r}")
-    path = (base / entry["path"]).resolve()
-    if not path.is_relative_to(inside):
-        raise ValueError(
-            f"{where}: {entry['path']} lies outside {inside}; move it there or set data.root to a folder "
-            "that holds all audio"
-        )
-    if not path.is_file():
-        raise ValueError(f"{where}: audio file {path} does not exist")
-    actual = _check_audio(where, path)
-    if abs(actual - duration) > DURATION_TOLERANCE_SEC:
-        raise ValueError(f"{where}: duration says {duration} s, {path} has {actual:.3f} s; correct the list")
-    return Recording(path, actual, _read_words(path, actual))
+    if not is_time(duration) or duration <= 0:
+        raise ValueError(f"duration must be a number of seconds above 0, got {duration!r}")
+    if duration > MAX_DURATION_SEC:
+        raise ValueError(f"duration must be at most {MAX_DURATION_SEC:g} s, got {duration!r}")
+    return read_recording(locate(entry["path"], base, str(rules.inside)), rules, float(duration))
 
 
-def _check_audio(where: str, path: Path) -> float:
-    """Duration of a stereo file in seconds, read from its header."""
+def read_recording(path: Path, rules: Rules, listed_sec: float | None = None) -> Recording:
+    """A recording as the rules want it read.
+
+    Args:
+        path: where `locate` found it.
+        listed_sec: its duration as a list has it, if it is in one.
+    """
+    user = None
+    if rules.mono:
+        name = path.relative_to(rules.inside).as_posix()
+        user = UserChannel(rules.noise_dbfs, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]))
+    num_channels = 1 if rules.mono else 2
+    if rules.check_files:
+        duration = check_audio(path, num_channels)
+        if listed_sec is not None and abs(duration - listed_sec) > DURATION_TOLERANCE_SEC:
+            raise ValueError(f"duration says {listed_sec} s, {path} has {duration:.3f} s; correct the list")
+    elif listed_sec is not None:
+        duration = listed_sec
+    else:
+        header = read_header(path)
+        require_channels(path, header.channels, num_channels)
+        duration = header.duration_sec
+    if rules.mono:
+        return Recording(path, duration, None, user)
+    words = read_words(path, duration) if rules.check_files else WordsOnDemand(path, duration)
+    return Recording(path, duration, words)
+
+
+def locate(name: str, base: str, inside: str) -> Path:
+    """The file that `name`, relative to `base`, leads to: every link followed, and in no other folder.
+
+    Strings, and folders that are remembered: lists have a million lines.
+    """
     try:
-        info = soundfile.info(path)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{where}: {path} is no audio file that can be read ({error})") from error
-    if info.frames == 0:
-        raise ValueError(f"{where}: {path} holds no audio")
-    if info.channels != 2:
+        folder, last = os.path.split(os.path.join(base, name))
+        path = os.path.join(_real_folder(folder), last)
+        if last in ("", ".", ".."):
+            path = os.path.realpath(path)
+        mode = _mode(path)
+        if stat.S_ISLNK(mode):
+            path = os.path.realpath(path)
+            mode = _mode(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"audio file {name!r} cannot be looked at ({error})") from error
+    if not path.startswith(inside.rstrip("/") + "/"):
         raise ValueError(
-            f"{where}: {path} has {info.channels} channel(s); expected stereo, left Moshi and right the user"
+            f"{name} lies outside {inside}; move it there or set data.root to a folder that holds all audio"
         )
-    if info.subtype in _FLOAT_SUBTYPES:  # integer formats cannot hold NaN
-        for block in soundfile.blocks(path, blocksize=1 << 20):
-            if not np.isfinite(block).all():
-                raise ValueError(f"{where}: {path} holds NaN or infinite samples; repair or remove it")
-    duration_sec = info.frames / info.samplerate
-    _check_last_second(where, path, duration_sec)
-    return duration_sec
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"audio file {path} does not exist" + (", or is no file" if mode else ""))
+    return Path(path)
 
 
-def _check_last_second(where: str, path: Path, duration_sec: float) -> None:
-    """Read the end of a file as clips are read: shows a file cut short, and formats unknown to sphn."""
-    start = max(0.0, duration_sec - 1.0)
+def _mode(path: str) -> int:
+    """What is there, not following a link; 0 is nothing."""
     try:
-        samples, rate = sphn.read(str(path), start_sec=start, duration_sec=1.0)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{where}: {path} cannot be read ({error}); repair it or convert it to wav"
-        ) from error
-    if samples.shape[0] != 2 or samples.shape[1] == 0:
-        raise ValueError(f"{where}: {path} cannot be decoded to stereo samples; convert it to wav or flac")
-    if samples.shape[1] / rate < duration_sec - start - DURATION_TOLERANCE_SEC:
-        raise ValueError(f"{where}: {path} ends before the {duration_sec:.3f} s that its header promises")
+        return os.lstat(path).st_mode
+    except FileNotFoundError:
+        return 0
 
 
-def _read_words(audio: Path, duration_sec: float) -> tuple[Word, ...]:
-    path = audio.with_suffix(".json")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected the transcript of {audio.name} with timed words")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("alignments"), list):
-        raise ValueError(f'{path}: expected {{"alignments": [[word, [start, end], speaker], ...]}}')
-    words = [_read_word(path, index, item, duration_sec) for index, item in enumerate(content["alignments"])]
-    return tuple(sorted(words, key=lambda word: word.start))
-
-
-def _read_word(path: Path, index: int, item: Any, duration_sec: float) -> Word:
-    where = f"{path}: alignment {index}"
-    match item:
-        case [str(text), [start, end], str(speaker)] if _is_time(start) and _is_time(end):
-            pass
-        case _:
-            raise ValueError(f"{where}: expected [word, [start, end], speaker], got {str(item)[:80]}")
-    if end > duration_sec + DURATION_TOLERANCE_SEC or start < 0:
-        raise ValueError(
-            f"{where}: {text!r} at {start}-{end} s is outside the audio, which lasts {duration_sec:.3f} s"
-        )
-    return Word(text, float(start), float(end), speaker)
-
-
-def _is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+@lru_cache(maxsize=65_536)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
