@@ -14,18 +14,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import hydra
-import soundfile
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
 from finetune.config import TrainConfig, register, to_typed
-from finetune.data.entries import BadEntry, list_sources
+from finetune.data.audio import check_audio
+from finetune.data.bad_input import BadInput
+from finetune.data.sources import read_sources
+from finetune.data.transcript import read_words
 from finetune.plan import build_on_meta, checkpoint_bytes, kept_checkpoints
 from moshi_ttt.loading import find_base
 
@@ -150,22 +152,23 @@ def all_reduce_finding(place: Place, use_cuda: bool) -> Finding:
 def data_finding(config: TrainConfig, place: Place) -> Finding:
     """Whether this node sees the lists, and some recordings of each."""
     counts, digest = [], hashlib.sha256()
-    for name in ("train", "valid"):
-        data = getattr(config.data, name)
-        if data is None:
+    for name, spec in (("train", config.data.train), ("valid", config.data.valid)):
+        if spec is None:
             continue
-        entries = list_sources(data, config.data.root)
-        step = max(1, len(entries) // SAMPLE_SIZE)
-        for index, entry in enumerate(entries):
-            if isinstance(entry, BadEntry):
-                return Finding(place.host, f"{entry.where}: {entry.reason}")
-            digest.update(f"{entry.path} {entry.duration_sec}\n".encode())
-            if index % step == 0:
+        bad_input = BadInput(config.data.on_error, config.data.max_error_fraction)
+        sources = read_sources(spec, replace(config.data.sources, check_files=False), bad_input)
+        for source in sources:
+            for recording in source.recordings:
+                digest.update(f"{recording.path} {recording.duration_sec}\n".encode())
+            for recording in source.recordings[:: max(1, len(source.recordings) // SAMPLE_SIZE)]:
                 try:
-                    soundfile.info(str(entry.path))
-                except (soundfile.LibsndfileError, OSError) as error:
-                    return Finding(place.host, f"{entry.where}: {entry.path} cannot be read ({error})")
-        counts.append(f"{len(entries):,} recordings in data.{name}")
+                    check_audio(recording.path, recording.num_channels)
+                    if recording.words is not None:
+                        read_words(recording.path, recording.duration_sec)
+                except ValueError as error:
+                    bad_input.skip(str(recording.path), error)
+        bad_input.require_enough()
+        counts.append(f"{sum(len(source.recordings) for source in sources):,} recordings in data.{name}")
     for name, path in (("eval.prompt", config.eval.prompt), ("init_from", config.init_from)):
         if path is not None and not Path(path).expanduser().exists():
             return Finding(place.host, f"{name}={path} does not exist")

@@ -121,6 +121,64 @@ def test_a_sweep_trains_each_value_in_a_job_of_its_own(cluster, tmp_path):
     assert sum("JobName=train " in job and "JobState=COMPLETED" in job for job in jobs) == 2
 
 
+def start_stand_in(cluster: Cluster, folder: Path, *arguments: str) -> str:
+    """Submit train.sbatch with tests/slurm/stand_in.py for its Python; returns the job, once it waits."""
+    job = cluster.call(
+        *("sbatch", "--parsable", "--nodes=2", f"--output={folder}/out"),
+        *(SCRIPTS / "train.sbatch", *arguments),
+        MOSHI_TTT_PYTHON=str(ROOT / "tests" / "slurm" / "stand_in.py"),
+        MOSHI_TTT_LOG_DIR=str(folder / "logs"),
+    )
+    wait_until(lambda: train_logs(folder).count("ready") == 2)
+    return job
+
+
+def train_logs(folder: Path) -> str:
+    return text_of(*(folder / "logs").rglob("train-*.log"))
+
+
+def test_a_job_that_is_asked_to_stop_before_its_time_is_up_goes_on_later(cluster, tmp_path):
+    job = start_stand_in(cluster, tmp_path)
+    cluster.call("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@180 sends
+    assert cluster.wait(job) == "COMPLETED"
+    assert cluster.restarts(job) == 1
+    assert train_logs(tmp_path).count("saved after SIGUSR1") == 2
+    assert train_logs(tmp_path).count("going on") == 2
+    said = (tmp_path / "out").read_text()
+    assert said.index("requeueing") < said.index("attempt 2 of job") < said.index("exit code 0")
+
+
+@pytest.mark.parametrize("arguments", [(), ("crash",)])
+def test_a_preempted_job_goes_on_when_the_other_is_done(cluster, tmp_path, arguments):
+    # SLURM itself would not requeue it: it ends within the grace time.
+    job = start_stand_in(cluster, tmp_path, *arguments)
+    quick = ("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    other = cluster.call("sbatch", "--parsable", "--partition=high", *quick)
+    assert cluster.wait(job) == "COMPLETED"
+    assert cluster.restarts(job) == 1
+    assert cluster.wait(other) == "COMPLETED"
+    assert train_logs(tmp_path).count("saved after SIGTERM") == (0 if arguments else 2)
+    assert train_logs(tmp_path).count("going on") == 2
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
+    job = start_stand_in(cluster, tmp_path)
+    cluster.call("scancel", job)
+    assert cluster.wait(job) == "CANCELLED"
+    assert train_logs(tmp_path).count("saved after SIGTERM") == 2  # and yet
+    time.sleep(2)
+    assert cluster.state(job) == "CANCELLED"
+    assert cluster.restarts(job) == 0
+
+
+def test_a_job_that_fails_is_not_tried_for_ever(cluster, tmp_path):
+    job = start_stand_in(cluster, tmp_path, "crash")
+    cluster.call("scancel", "--signal=KILL", f"{job}.1")
+    assert cluster.wait(job) == "FAILED"
+    assert cluster.restarts(job) == 0
+    assert "training ended with exit code 137" in (tmp_path / "out").read_text()
+
+
 @pytest.mark.skipif(
     "resume" not in {field.name for field in fields(TrainConfig)}, reason="this version cannot resume a run"
 )
