@@ -1,7 +1,7 @@
 """`python -m finetune.train experiment=demo run_dir=runs/demo`, the same under torchrun."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -9,10 +9,12 @@ import torch
 from omegaconf import DictConfig
 
 from finetune.config import TrainConfig, register, to_typed
-from finetune.data.chunks import ChunkEncoder, chunk_batches
-from finetune.data.clips import Batch, Clip, ClipEncoder, cut_clips, training_batches
+from finetune.data.batches import Batches, chunk_batches, training_batches
+from finetune.data.chunks import ChunkEncoder, by_recording
+from finetune.data.clips import Clip, ClipEncoder, Encoder, PreparedClips, cut_clips
 from finetune.data.interleaver import TextTokens
 from finetune.data.manifest import read_manifest
+from finetune.data.prepared import WHOLE, PreparedSet, is_prepared
 from finetune.distributed import Process, start, stop, wait_for_all
 from finetune.persistence import GIB, available_bytes, refuse_oversized
 from finetune.plot import plot_losses
@@ -20,6 +22,7 @@ from finetune.run_dir import Metrics, RunLog, create_run_dir, refuse_existing, s
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
 from moshi_ttt.building import WeightFiles, build_model
+from moshi_ttt.digest import cached_sha256
 from moshi_ttt.integration import context_line, describe, verify_contexts, verify_ttt_layers
 from moshi_ttt.loading import find_base, load_mimi, load_tokenizer
 from moshi_ttt.parameters import set_trainable
@@ -28,16 +31,27 @@ from moshi_ttt.warm_start import find_warm_start
 logger = logging.getLogger(__name__)
 
 
-def read_clips(config: TrainConfig) -> tuple[list[Clip], list[Clip]]:
+def read_clips(config: TrainConfig) -> tuple[Sequence[Clip], Sequence[Clip]]:
     """Training and validation clips; every file is checked before anything is built or written."""
-    train = cut_clips(read_manifest(config.data.train, config.data.root), config.duration_sec)
-    valid: list[Clip] = []
+    train = clips_of(config.data.train, config)
+    valid: Sequence[Clip] = []
     if config.data.valid is not None:
-        valid = cut_clips(read_manifest(config.data.valid, config.data.root), config.duration_sec)
-    return train, valid[: config.eval.max_clips]
+        valid = clips_of(config.data.valid, config)
+    return train, valid if config.eval.max_clips is None else valid[: config.eval.max_clips]
 
 
-def build_parts(config: TrainConfig, valid_clips: list[Clip], process: Process) -> Parts:
+def clips_of(source: str, config: TrainConfig) -> Sequence[Clip]:
+    """The clips of a list of recordings or of a prepared folder, which must be of this run's Mimi."""
+    if not is_prepared(source):
+        return cut_clips(read_manifest(source, config.data.root), config.duration_sec)
+    prepared = PreparedSet(source)
+    mimi = find_base(config.settings.model).mimi_weights
+    prepared.require(config.encode, config.duration_sec, cached_sha256(Path(mimi)))
+    logger.info("%s: %d recordings, %.1f h", source, len(prepared), prepared.manifest["hours"])
+    return PreparedClips(prepared, config.duration_sec)
+
+
+def build_parts(config: TrainConfig, valid_clips: Sequence[Clip], process: Process) -> Parts:
     """Load or make everything that a run needs, and choose what trains."""
     settings = config.settings
     base = find_base(settings.model)
@@ -77,20 +91,24 @@ def build_parts(config: TrainConfig, valid_clips: list[Clip], process: Process) 
 
 
 def make_batches(
-    config: TrainConfig, encoder: ClipEncoder, clips: list[Clip], process: Process
-) -> Iterator[Batch]:
+    config: TrainConfig, encoder: ClipEncoder, clips: Sequence[Clip], process: Process
+) -> Batches:
     """This process's batches without end: clips in any order, or recordings chunk by chunk."""
     order = (config.seed, config.data.shuffle, process.rank, process.world_size)
+    # A step takes all its micro-batches at once; those of the next are read while it computes.
+    workers = config.data.workers if isinstance(clips, PreparedClips) else 0
+    reading = (workers, config.num_microbatches + 1)
     if config.ttt.persistent_states:
         chunks = ChunkEncoder(encoder)
         logger.info(
             "persistent states: %d recordings in %d chunks of %d frames",
-            sum(clip.is_first for clip in clips),
+            len(by_recording(clips)),
             len(clips),
             chunks.num_frames,
         )
-        return chunk_batches(chunks, clips, config.batch_size, config.num_microbatches, *order)
-    return training_batches(encoder, clips, config.batch_size, *order)
+        return chunk_batches(chunks, clips, config.batch_size, config.num_microbatches, *order, *reading)
+    source: Encoder = ChunkEncoder(encoder) if config.encode == WHOLE else encoder
+    return training_batches(source, clips, config.batch_size, *order, *reading)
 
 
 def train(config: TrainConfig, process: Process) -> Path:
@@ -115,6 +133,7 @@ def train(config: TrainConfig, process: Process) -> Path:
             trainer.evaluate()
         else:
             trainer.train()
+        batches.close()
         if metrics is not None:
             metrics.close()
             title = f"{run_dir.name}: {config.mode} on {config.model.source}"

@@ -1,6 +1,7 @@
 """Words to the text stream: one token a frame, as moshi-finetune's Interleaver lays them out."""
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,12 +42,17 @@ def tokenize(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list
 
 
 def words_in_clip(words: Sequence[Word], start_sec: float, duration_sec: float) -> list[Word]:
-    """Words that start inside a clip, with times relative to its start."""
+    """Words that start inside a clip, with times relative to its start. `words` are in order."""
+    first = bisect_left(words, start_sec, key=_start)
+    last = bisect_left(words, start_sec + duration_sec, lo=first, key=_start)
     return [
         Word(word.text, word.start - start_sec, word.end - start_sec, word.speaker)
-        for word in words
-        if start_sec <= word.start < start_sec + duration_sec
+        for word in words[first:last]
     ]
+
+
+def _start(word: Word) -> float:
+    return word.start
 
 
 def text_stream(
@@ -79,6 +85,50 @@ def text_stream(
                 tokens[frame - 1] = special.end_of_padding
             tokens[frame] = pending.popleft()
     return torch.tensor(tokens, dtype=torch.long)
+
+
+def text_slice(
+    words: Sequence[Word],
+    first: int,
+    stop: int,
+    num_frames: int,
+    frame_rate: float,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    special: TextTokens,
+    main_speaker: str | None,
+) -> torch.Tensor:
+    """Frames `first` to `stop` of `text_stream` of a whole recording of `num_frames`, `[stop - first]`.
+
+    Takes as long as the slice does, wherever it lies: only the last word that began before it can reach in.
+    """
+    assert 0 <= first <= stop <= num_frames
+
+    def position(word: Word) -> float:
+        return word.start * frame_rate
+
+    def kept(word: Word) -> bool:
+        return word.end > word.start and main_speaker in (None, word.speaker)
+
+    # A word in the frame behind the slice makes an end of padding of the slice's last frame.
+    seen = min(stop + 1, num_frames)
+    inside = bisect_left(words, first, key=position)
+    behind = bisect_left(words, seen, lo=inside, key=position)
+    pending: deque[int] = deque()
+    for index in reversed(range(inside)):
+        if kept(words[index]):
+            started = int(position(words[index]))
+            pending = deque(tokenize(tokenizer, words[index].text)[first - started :])
+            break
+    upcoming = deque(word for word in words[inside:behind] if kept(word))
+    tokens = [special.padding] * (seen - first)
+    for index in range(seen - first):
+        while upcoming and position(upcoming[0]) < first + index + 1:
+            pending = deque(tokenize(tokenizer, upcoming.popleft().text))
+        if pending:
+            if index > 0 and tokens[index - 1] == special.padding:
+                tokens[index - 1] = special.end_of_padding
+            tokens[index] = pending.popleft()
+    return torch.tensor(tokens[: stop - first], dtype=torch.long)
 
 
 def clip_text_stream(
