@@ -1,8 +1,9 @@
 """The typed config of a training run: every field, what it means, what it must be."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -275,11 +276,29 @@ def register() -> None:
 
 
 def to_typed(config: DictConfig) -> TrainConfig:
-    """The composed config as dataclasses, checked.
+    """The composed config of a run as dataclasses, checked.
 
     Raises:
         ValueError: a value that the user must give is missing, or settings cannot work.
     """
+    typed = read_typed(config, TrainConfig)
+    typed.validate()
+    return typed
+
+
+Config = TypeVar("Config")
+
+
+def read_typed(config: DictConfig, kind: type[Config], unused: Sequence[str] = ()) -> Config:
+    """The composed config as the dataclasses of its schema.
+
+    Args:
+        unused: keys that need no value, since nobody will read them.
+    Raises:
+        ValueError: a value that the user must give is missing, or a key is unknown.
+    """
+    for key in OmegaConf.missing_keys(config) & set(unused):
+        OmegaConf.update(config, key, "")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}; give them as {missing[0]}=VALUE")
@@ -287,8 +306,7 @@ def to_typed(config: DictConfig) -> TrainConfig:
     if unknown:
         raise ValueError(f"unknown config keys {', '.join(unknown)}; see --help for those there are")
     typed = OmegaConf.to_object(config)
-    assert isinstance(typed, TrainConfig)
-    typed.validate()
+    assert isinstance(typed, kind)
     return typed
 
 

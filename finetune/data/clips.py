@@ -112,6 +112,15 @@ class PreparedClips(Sequence[Clip]):
         return clip_at(self.prepared.recording(recording), position - before, self.duration_sec)
 
 
+def crop_codes(mimi: MimiModel, clip: Clip, duration_sec: float) -> torch.Tensor:
+    """Codes `[16, T]` in 16 bits of a clip of audio by itself; the last of a recording is shorter."""
+    assert isinstance(clip.recording, Recording)
+    rate = mimi.sample_rate
+    audio = read_samples(clip.recording, rate, clip.start_sec, duration_sec)
+    remaining = round((clip.recording.duration_sec - clip.start_sec) * rate)
+    return encode_crop(mimi, audio[:, :remaining])[:, : math.ceil(duration_sec * mimi.frame_rate)]
+
+
 class ClipEncoder:
     """Turns clips into codes with Mimi, each crop encoded by itself, as moshi-finetune does.
 
@@ -154,7 +163,7 @@ class ClipEncoder:
         """Codes of a clip by itself, `[16, T]` in 16 bits; the last of a recording is shorter."""
         if isinstance(clip.recording, PreparedRecording):
             return clip.recording.crop(round(clip.start_sec / self.duration_sec))
-        return encode_crop(self.mimi, self._read(clip))[:, : self.num_frames]
+        return crop_codes(self.mimi, clip, self.duration_sec)
 
     def _encode_one(self, clip: Clip) -> torch.Tensor:
         """Text and codes of one clip, `[17, T]` in 16 bits."""
@@ -179,11 +188,3 @@ class ClipEncoder:
             self.special,
             self.main_speaker,
         )
-
-    def _read(self, clip: Clip) -> np.ndarray:
-        """Samples `[2, n]` at Mimi's rate, up to the end of the recording."""
-        assert isinstance(clip.recording, Recording)
-        rate = self.mimi.sample_rate
-        audio = read_samples(clip.recording, rate, clip.start_sec, self.duration_sec)
-        remaining = round((clip.recording.duration_sec - clip.start_sec) * rate)
-        return audio[:, :remaining]
