@@ -51,9 +51,10 @@ def join(folder: Path) -> Path:
         "words": gathered.words,
         "files": {name: sha256(folder / name) for name in (INDEX, SOURCES)},
     }
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    for left_over in folder.glob(".tmp.*"):  # of killed tasks; all shards are there, so nobody writes now
+    # Of killed tasks: all shards are there, so nobody writes one. Another task may be joining, too.
+    for left_over in folder.glob(".tmp.shard_*"):
         left_over.unlink(missing_ok=True)
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     return folder / MANIFEST
 
 

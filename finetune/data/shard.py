@@ -178,7 +178,7 @@ class Shard:
         assert index < self.file["recording_pieces"][row + 1]
         start, end = self.file["piece_frames"][index : index + 2].tolist()
         stop = end if stop is None else min(end, start + stop)
-        return torch.from_numpy(np.ascontiguousarray(self.file["codes"][start + first : stop].T))
+        return torch.from_numpy(self.file["codes"][start + first : stop].T.copy())
 
     def words(self, row: int) -> Words | None:
         """Words of a recording."""
