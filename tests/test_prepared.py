@@ -2,20 +2,24 @@
 
 import itertools
 import json
+import math
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from prepared_data import CHUNK_SEC, LENGTHS, contents, run_prepare, write_recordings
+from prepared_data import CHUNK_SEC, LENGTHS, TINY_SHARDS, contents, run_prepare, write_recordings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_data import SPECIAL
-from training import SAMPLE, losses, run, run_python, tiny_config
+from training import SAMPLE, losses, run, run_python, start_python, tiny_config
 
+from finetune.data.audio import read_samples
 from finetune.data.batches import chunk_batches, training_batches
 from finetune.data.chunks import ChunkEncoder
 from finetune.data.clips import ClipEncoder, PreparedClips, cut_clips
+from finetune.data.codec import RECORDINGS_AT_ONCE, batches_of, encode_whole
 from finetune.data.manifest import read_manifest
 from finetune.data.prepared import PreparedSet, is_prepared
 from finetune.train import clips_of
@@ -145,9 +149,43 @@ def test_two_array_tasks_make_what_one_makes(recordings, whole, tmp_path, monkey
     assert contents(two) == contents(whole)
 
 
-def test_processes_make_what_one_makes(recordings, whole, tmp_path):
-    run_prepare(tmp_path / "workers", f"data.train={recordings}", "workers=2")
-    assert contents(tmp_path / "workers") == contents(whole)
+def test_processes_end_with_their_command_and_make_what_one_makes(recordings, whole, tmp_path):
+    output = tmp_path / "workers"
+    settings = (f"data.train={recordings}", "model=tiny", "device=cpu", f"shard_hours={TINY_SHARDS}")
+    command = start_python(
+        "-m", "finetune.data.prepare", *settings, f"output={output}", "workers=2", NO_TORCH_COMPILE="1"
+    )
+    deadline = time.monotonic() + 120
+    while not list(output.glob("shard_*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    command.kill()
+    command.communicate(timeout=60)  # until no process holds its output any more
+    (output / "shard_000001.safetensors").unlink(missing_ok=True)
+    run_prepare(output, f"data.train={recordings}", "workers=2")
+    assert contents(output) == contents(whole)
+
+
+def test_codes_of_recordings_encoded_together_are_those_of_each_alone(recordings, tiny_base, monkeypatch):
+    mimi = load_mimi(tiny_base, "cpu")
+    monkeypatch.setitem(RECORDINGS_AT_ONCE, "cpu", 3)
+    audio = [read_samples(recording, 24000) for recording in read_manifest(recordings)]
+    alone = [encode_whole(mimi, [samples])[0] for samples in audio]
+    together = encode_whole(mimi, audio[:3]) + encode_whole(mimi, audio[3:])
+    assert [codes.shape for codes in alone] == [(16, math.ceil(frames)) for frames in LENGTHS]
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_recordings_are_encoded_together_with_others_of_their_length(monkeypatch):
+    monkeypatch.setitem(RECORDINGS_AT_ONCE, "cpu", 2)
+    hour = 3600 * 24000
+    assert batches_of([5, hour // 2, 7, 6 * hour, hour, hour], torch.device("cpu")) == [
+        [3],
+        [4, 5],
+        [1, 2],
+        [0],
+    ]
 
 
 def test_a_killed_command_goes_on_where_it_was(recordings, whole, tmp_path):
