@@ -209,9 +209,13 @@ def test_threads_and_processes_change_nothing(prepared, encoder, world, workers,
     def make(batch, slots, world, workers):
         ranks = range(world)
         clips = [
-            training_batches(encoder, prepared, batch * slots, seed, True, r, world, workers) for r in ranks
+            training_batches(encoder, prepared, batch * slots, seed, True, r, world, workers=workers)
+            for r in ranks
         ]
-        rows = [chunk_batches(encoder, prepared, batch, slots, seed, True, r, world, workers) for r in ranks]
+        rows = [
+            chunk_batches(encoder, prepared, batch, slots, seed, True, r, world, workers=workers)
+            for r in ranks
+        ]
         return clips, rows
 
     alone_clips, alone_rows = make(8, 1, 1, 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.data.chunks import ChunkEncoder, by_recording
 from finetune.data.clips import Batch, Clip, Encoder, PreparedClips
-from finetune.data.order import ClipDraw, Draw, RowDraw
+from finetune.data.order import ClipDraw, Draw, Order, RowDraw
 from finetune.data.prepared import INDEX
 
 
@@ -92,11 +92,12 @@ def training_batches(
     shuffle: bool,
     rank: int,
     world: int,
+    mix: Order | None = None,
     workers: int = 0,
     ahead: int = 2,
 ) -> Batches:
     """Batches of clips that stand alone. Process r of w gets clips r, r + w, ... of one global order."""
-    draw = ClipDraw(clips, batch_size, seed, shuffle, rank, world, data_digest(clips))
+    draw = ClipDraw(clips, batch_size, seed, shuffle, rank, world, data_digest(clips), mix)
     return Batches(draw, encoder, workers, ahead)
 
 
@@ -109,6 +110,7 @@ def chunk_batches(
     shuffle: bool,
     rank: int,
     world: int,
+    mix: Order | None = None,
     workers: int = 0,
     ahead: int = 2,
 ) -> Batches:
@@ -125,5 +127,6 @@ def chunk_batches(
         rank,
         world,
         data_digest(chunks),
+        mix,
     )
     return Batches(draw, encoder, workers, ahead)

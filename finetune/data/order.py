@@ -51,6 +51,15 @@ class Permutation:
                 return value
 
 
+class Order(Protocol):
+    """Indices at any position of an order without end, drawn from sources by weight."""
+
+    @property
+    def weights(self) -> tuple[float, ...]: ...
+
+    def __getitem__(self, position: int) -> int: ...
+
+
 class EndlessOrder:
     """Indices at any position of an order without end, in which each epoch has every index once.
 
@@ -63,6 +72,7 @@ class EndlessOrder:
     def __init__(self, size: int, seed: int, shuffle: bool):
         assert size > 0
         self.size, self.seed, self.shuffle = size, seed, shuffle
+        self.weights = (1.0,)
         self._epoch = -1
 
     def __getitem__(self, position: int) -> int:
@@ -122,6 +132,7 @@ class ClipDraw:
         seed, shuffle: the order.
         rank, world: this process.
         data: what the clips are, by which a saved position is known to be of these.
+        mix: the order where there are several sources; None draws from all alike.
     """
 
     def __init__(
@@ -133,15 +144,17 @@ class ClipDraw:
         rank: int,
         world: int,
         data: str = "",
+        mix: Order | None = None,
     ):
         if not len(clips):
             raise ValueError("there are no clips to train on")
         self.clips, self.batch_size, self.rank, self.world = clips, batch_size, rank, world
-        self.order = EndlessOrder(len(clips), seed, shuffle)
+        self.order = EndlessOrder(len(clips), seed, shuffle) if mix is None else mix
         self.identity = {
             "kind": "clips",
             "data": data,
             "clips": len(clips),
+            "weights": list(self.order.weights),
             "seed": seed,
             "shuffle": shuffle,
         }
@@ -173,6 +186,7 @@ class RowDraw:
         seed, shuffle: the order of recordings.
         rank, world: this process.
         data: what the recordings are, by which a saved position is known to be of these.
+        mix: the order where there are several sources; None draws from all alike.
     """
 
     def __init__(
@@ -185,17 +199,19 @@ class RowDraw:
         rank: int,
         world: int,
         data: str = "",
+        mix: Order | None = None,
     ):
         if not len(recordings):
             raise ValueError("there are no recordings to train on")
         self.recordings, self.batch_size, self.num_microbatches = recordings, batch_size, num_microbatches
         self.rank, self.world = rank, world
-        self.order = EndlessOrder(len(recordings), seed, shuffle)
+        self.order = EndlessOrder(len(recordings), seed, shuffle) if mix is None else mix
         num_rows = num_microbatches * world * batch_size
         self.identity = {
             "kind": "rows",
             "data": data,
             "recordings": len(recordings),
+            "weights": list(self.order.weights),
             "rows": num_rows,
             "seed": seed,
             "shuffle": shuffle,
