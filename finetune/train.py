@@ -97,7 +97,7 @@ def make_batches(
     order = (config.seed, config.data.shuffle, process.rank, process.world_size)
     # A step takes all its micro-batches at once; those of the next are read while it computes.
     workers = config.data.workers if isinstance(clips, PreparedClips) else 0
-    reading = {"workers": workers, "ahead": config.num_microbatches + 1}
+    ahead = config.num_microbatches + 1
     if config.ttt.persistent_states:
         chunks = ChunkEncoder(encoder)
         logger.info(
@@ -106,9 +106,11 @@ def make_batches(
             len(clips),
             chunks.num_frames,
         )
-        return chunk_batches(chunks, clips, config.batch_size, config.num_microbatches, *order, **reading)
+        return chunk_batches(
+            chunks, clips, config.batch_size, config.num_microbatches, *order, workers=workers, ahead=ahead
+        )
     source: Encoder = ChunkEncoder(encoder) if config.encode == WHOLE else encoder
-    return training_batches(source, clips, config.batch_size, *order, **reading)
+    return training_batches(source, clips, config.batch_size, *order, workers=workers, ahead=ahead)
 
 
 def train(config: TrainConfig, process: Process) -> Path:
