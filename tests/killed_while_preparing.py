@@ -1,4 +1,4 @@
-"""Prepares a list in a process that SIGKILL ends again and again, each time some file operations later.
+"""Prepares a list in a process that SIGKILL ends again and again, at a random line of writing a file.
 
 Usage: killed_while_preparing.py LIST FOLDER. Prints how many times it was killed before it was done.
 """
@@ -8,24 +8,29 @@ import random
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from prepared_data import run_prepare
 
+from finetune.data.shard import write_atomically
 
-def die_at(operation: int, folder: Path) -> None:
-    """Kill this process at its n-th file operation inside `folder`, as Python's audit events count them."""
-    left = operation
 
-    def hook(event: str, args: tuple) -> None:
+def die_at(line: int) -> None:
+    """Kill this process at the n-th line that it executes of `write_atomically`: before, between, behind."""
+    left = line
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal left
-        inside = any(isinstance(arg, str | os.PathLike) and str(folder) in os.fspath(arg) for arg in args)
-        if inside or event == "os.fsync":
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if frame.f_code is not write_atomically.__code__:
+            return None
+        left -= event == "line"
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
 
-    sys.addaudithook(hook)
+    sys.settrace(trace)
 
 
 def main() -> None:
@@ -33,17 +38,16 @@ def main() -> None:
     torch.set_num_threads(1)  # a fork takes one thread along
     drawn = random.Random(0)
     for kills in range(200):
+        line = drawn.randint(1, 10 + kills)  # a file takes 10 lines; the last step writes three in a row
         child = os.fork()
         if child == 0:
-            # The first operations are reading what is there; later runs find more of it.
-            die_at(drawn.randint(3, 16) + kills // 2, folder)
+            die_at(line)
             run_prepare(folder, f"data.train={recordings}")
             os._exit(0)
-        drawn.random()  # the next child draws another number
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             assert os.waitstatus_to_exitcode(status) == 0
-            print(f"kills: {kills} left over: {len(list(folder.glob('.tmp.*')))}")
+            print(f"kills: {kills}")
             return
         assert os.WTERMSIG(status) == signal.SIGKILL
     raise AssertionError("200 runs were not enough")
