@@ -20,8 +20,9 @@ from finetune.data.batches import chunk_batches, training_batches
 from finetune.data.chunks import ChunkEncoder
 from finetune.data.clips import ClipEncoder, PreparedClips, cut_clips
 from finetune.data.codec import RECORDINGS_AT_ONCE, batches_of, encode_whole
-from finetune.data.manifest import read_manifest
+from finetune.data.manifest import Word, read_manifest
 from finetune.data.prepared import PreparedSet, is_prepared
+from finetune.data.shard import Encoded, Shard, shard_bytes, write_atomically
 from finetune.train import clips_of
 from moshi_ttt.digest import sha256
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi, load_tokenizer
@@ -298,3 +299,22 @@ def test_a_run_on_a_moved_folder_is_the_run_on_its_audio(whole, crops, recording
 def test_settings_that_cannot_work(tmp_path, settings, match):
     with pytest.raises(ValueError, match=match):
         tiny_config(tmp_path / "run", *settings)
+
+
+def test_no_words_and_nobody_knowing_are_two_things(tmp_path):
+    codes = torch.arange(32).reshape(16, 2)
+    said = (Word("naïve\nline", 0.1, 0.2, "A"), Word("", 0.1, 0.1, "B"))
+    recordings = [Encoded([codes, codes[:, :1]], said), Encoded([codes + 1], ()), Encoded([codes], None)]
+    path = tmp_path / "shard.safetensors"
+    write_atomically(path, shard_bytes(recordings, {}))
+    shard = Shard(path)
+    assert [shard.num_pieces(row) for row in range(3)] == [2, 1, 1]
+    assert [shard.num_frames(row) for row in range(3)] == [3, 2, 2]
+    assert torch.equal(shard.piece(0, 1), codes[:, :1].to(torch.int16))
+    assert torch.equal(shard.piece(1, 0, 1, 5), codes[:, 1:].to(torch.int16) + 1)
+    words = [shard.words(row) for row in range(3)]
+    assert [None if found is None else tuple(found) for found in words] == [said, (), None]
+    assert tuple(words[0][1:]) == said[1:]
+    assert words[0][-1] == said[1]
+    write_atomically(path, shard_bytes([Encoded([codes], None)], {}))
+    assert Shard(path).words(0) is None
