@@ -1,5 +1,6 @@
 """The typed config of a training run: every field, what it means, what it must be."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,10 +10,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from finetune.command import typed_config
 from finetune.data.bad_input import ON_ERROR
 from finetune.data.interleaver import TextLayout
+from finetune.data.prepared import PER_CLIP, WHOLE
 from finetune.data.sources import USER_CHANNELS, SourceSettings
 from finetune.persistence import refuse_broken_mini_batches
 from moshi_ttt.building import ModelSettings
 from moshi_ttt.config import TTTConfig
+from moshi_ttt.integration import FRAME_RATE
 from moshi_ttt.loading import ModelConfig
 from moshi_ttt.lora import LoRAConfig
 from moshi_ttt.parameters import TRAINABLE_GROUPS
@@ -20,13 +23,15 @@ from moshi_ttt.parameters import TRAINABLE_GROUPS
 
 @dataclass
 class DataConfig:
-    """Where recordings are and how they become streams. Format: Kyutai's stereo jsonl, or one voice alone."""
+    """Where recordings are and how they become streams: Kyutai's stereo format, one voice alone, or prepared
+    folders."""
 
     train: str = MISSING
     """A .jsonl or .jsonl.gz of the training recordings, a folder of them, or several with weights:
     "a.jsonl:0.7,folder:0.3". Lines are {"path": ..., "duration": seconds}. The audio is stereo, left Moshi
     and right the user; NAME.json beside it holds the timed words. mono:FOLDER and mono:LIST.jsonl are
-    recordings of one voice, which Moshi learns, without words: Libri-Light's folders or any others."""
+    recordings of one voice, which Moshi learns, without words: Libri-Light's folders or any others. Or a
+    folder that `python -m finetune.data.prepare` wrote."""
 
     valid: str | None = None
     """Held-out recordings for the validation loss, named in the same way; weights say nothing here. None
@@ -51,6 +56,15 @@ class DataConfig:
 
     max_error_fraction: float = 0.01
     """With on_error=skip, the run stops when a larger share of the recordings cannot be used."""
+
+    encode: str | None = None
+    """How audio becomes codes. whole: a recording is streamed through Mimi from its start, and clips are cut
+    from its codes. per_clip: each crop is encoded by itself, as moshi-finetune does. None is whole with
+    ttt.persistent_states=true, which needs it, and per_clip otherwise. Codes of both never mix."""
+
+    workers: int = 2
+    """Threads that read prepared data ahead; 0 reads when it is asked for. The order is the same with any
+    number. Audio that was not prepared is encoded when it is asked for."""
 
     shuffle: bool = True
     """Draw clips in a new seeded order every epoch."""
@@ -243,6 +257,11 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl and the log."""
 
     @property
+    def encode(self) -> str:
+        """How audio becomes codes: `data.encode`, or what it stands for."""
+        return self.data.encode or (WHOLE if self.ttt.persistent_states else PER_CLIP)
+
+    @property
     def settings(self) -> ModelSettings:
         """The part that decides what the model is."""
         return ModelSettings(self.model, self.param_dtype, self.lora, self.ttt)
@@ -268,6 +287,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.ttt.persistent_states:
             refuse_broken_mini_batches(self.duration_sec, self.ttt.mini_batch_size if self.ttt.enable else 1)
+        self._validate_data()
         if self.max_carried_gib is not None and not self.max_carried_gib > 0:
             raise ValueError(f"max_carried_gib must be above 0, or null; got {self.max_carried_gib}")
         for name in ("lr", "ttt_lr", "gate_lr", "max_norm"):
@@ -293,6 +313,25 @@ class TrainConfig:
         if self.wandb.mode != "disabled" and not self.wandb.project:
             raise ValueError(f"wandb.mode={self.wandb.mode} needs wandb.project=NAME")
 
+    def _validate_data(self) -> None:
+        if self.data.encode not in (None, WHOLE, PER_CLIP):
+            raise ValueError(f"data.encode must be {WHOLE}, {PER_CLIP} or null; got {self.data.encode!r}")
+        if self.data.workers < 0:
+            raise ValueError(f"data.workers must be 0 (none) or more, got {self.data.workers}")
+        if self.ttt.persistent_states and self.encode != WHOLE:
+            raise ValueError(
+                "ttt.persistent_states=true carries state through a recording, whose codes must be those of "
+                f"a stream: set data.encode={WHOLE} or leave it out; got {self.data.encode}"
+            )
+        frames = self.duration_sec * FRAME_RATE
+        if self.encode == WHOLE and abs(frames - round(frames)) > 1e-6:
+            proposed = sorted({max(1, math.floor(frames)), math.ceil(frames)})
+            raise ValueError(
+                f"duration_sec={self.duration_sec:g} is {frames:g} frames; with data.encode={WHOLE} clips "
+                "are cut between frames: use duration_sec="
+                + " or ".join(f"{number / FRAME_RATE:g}" for number in proposed)
+            )
+
 
 def register() -> None:
     """Tell Hydra the types, so that an unknown key or a wrong type is an error."""
@@ -301,7 +340,7 @@ def register() -> None:
 
 
 def to_typed(config: DictConfig) -> TrainConfig:
-    """The composed config as dataclasses, checked.
+    """The composed config of a run as dataclasses, checked.
 
     Raises:
         ValueError: a value that the user must give is missing, or settings cannot work.

@@ -17,7 +17,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finetune.config import TrainConfig, to_plain
 from finetune.data.chunks import ChunkEncoder
-from finetune.data.clips import Batch, Clip, ClipEncoder
+from finetune.data.clips import Batch, Clip, ClipEncoder, Encoder
+from finetune.data.prepared import WHOLE
 from finetune.distributed import Process, sum_gradients, sum_over_processes, wait_for_all
 from finetune.loss import (
     LossWeights,
@@ -95,10 +96,13 @@ class Trainer:
         self.weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
         self.step = 0
         self.carried: CarriedRows | None = None
+        self.encoder: Encoder = parts.encoder
         self.valid_chunks: ChunkEncoder | None = None
         if config.ttt.persistent_states:
             self.valid_chunks = ChunkEncoder(parts.encoder)
             self.carried = CarriedRows(parts.model, config.batch_size, config.num_microbatches)
+        elif config.encode == WHOLE:
+            self.encoder = ChunkEncoder(parts.encoder)
         self.diagnostics: TTTDiagnostics | None = None
         if metrics is not None and config.ttt.enable and config.diagnostics.every_steps > 0:
             self.diagnostics = TTTDiagnostics(parts.model, every=0, sink=self.log_diagnostics)
@@ -242,7 +246,7 @@ class Trainer:
         if parts.valid_clips:
             rest = (parts.valid_clips, config.batch_size, self.weights, self.process)
             if self.valid_chunks is None:
-                values = validation_loss(parts.model, parts.encoder, *rest)
+                values = validation_loss(parts.model, self.encoder, *rest)
             else:
                 values = carried_validation_loss(parts.model, self.valid_chunks, *rest)
         if self.metrics is not None and values:

@@ -13,7 +13,7 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
 from finetune.data.chunks import ChunkEncoder, by_recording
-from finetune.data.clips import Clip, ClipEncoder
+from finetune.data.clips import Clip, Encoder
 from finetune.distributed import Process, sum_over_processes
 from finetune.loss import LossWeights, loss_sums, weighted_chunk_targets, weighted_targets
 from inference.stream import Answer, Sampling, answer, write_wav
@@ -32,7 +32,7 @@ def evaluation_mode(model: LMModel) -> Iterator[None]:
 
 def validation_loss(
     model: LMModel,
-    encoder: ClipEncoder,
+    encoder: Encoder,
     clips: Sequence[Clip],
     batch_size: int,
     weights: LossWeights,

@@ -21,10 +21,12 @@ from training import (
     write_prompt,
 )
 
-from finetune.data.chunks import ChunkEncoder, by_recording, chunk_batches, chunk_order
+from finetune.data.batches import chunk_batches
+from finetune.data.chunks import ChunkEncoder, by_recording
 from finetune.data.clips import cut_clips
 from finetune.data.interleaver import text_stream
 from finetune.data.manifest import read_manifest
+from finetune.data.order import chunk_order
 from finetune.loss import LossWeights, loss_sums, weighted_targets
 from finetune.run_dir import Metrics
 from finetune.train import ClipSource, build_parts, make_batches
