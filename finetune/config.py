@@ -9,7 +9,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from finetune.persistence import refuse_broken_mini_batches
 from moshi_ttt.building import ModelSettings
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.loading import ModelConfig
+from moshi_ttt.loading import DTYPES, ModelConfig
 from moshi_ttt.lora import LoRAConfig
 from moshi_ttt.parameters import TRAINABLE_GROUPS
 
@@ -102,6 +102,47 @@ class DiagnosticsConfig:
 
 
 @dataclass
+class FSDPConfig:
+    """How the model is split over processes (FSDP2). One process splits nothing."""
+
+    shard: str = "auto"
+    """full: parameters, gradients and optimiser state are split over all processes. hybrid: over the
+    processes of each of `replicate` groups, which hold the same. none: every process holds the whole model.
+    auto: full with several processes."""
+
+    replicate: int | None = None
+    """Groups of hybrid; usually the number of nodes, so that only gradients pass between them."""
+
+    reduce_dtype: str = "float32"
+    """Gradients are added up over processes in this: float32 or bfloat16."""
+
+    reshard_after_forward: bool = True
+    """Free gathered parameters after the forward pass, and gather them again in the backward pass."""
+
+    reduce_every_microbatch: bool = False
+    """Reduce gradients after each micro-batch: more traffic, but no process holds a gradient of the whole
+    model between micro-batches."""
+
+    def validate(self) -> None:
+        """Raise ValueError for settings that no number of processes can have."""
+        if self.shard not in ("auto", "full", "hybrid", "none"):
+            raise ValueError(f"fsdp.shard must be auto, full, hybrid or none; got {self.shard!r}")
+        if (self.shard == "hybrid") != (self.replicate is not None):
+            raise ValueError(
+                f"fsdp.replicate={self.replicate} with fsdp.shard={self.shard}: the number of replicas "
+                "belongs to fsdp.shard=hybrid; give both or neither"
+            )
+        if self.replicate is not None and self.replicate < 2:
+            raise ValueError(
+                f"fsdp.replicate must be at least 2, got {self.replicate}; or use fsdp.shard=full"
+            )
+        if self.reduce_dtype not in DTYPES:
+            raise ValueError(
+                f"fsdp.reduce_dtype must be one of {', '.join(DTYPES)}; got {self.reduce_dtype!r}"
+            )
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases. The API key comes from `wandb login` or WANDB_API_KEY, never from a config."""
 
@@ -136,6 +177,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     init_from: str | None = None
@@ -193,6 +235,7 @@ class TrainConfig:
             self.ttt.validate()
         if self.lora.enable:
             self.lora.validate()
+        self.fsdp.validate()
         trained = self.mode.split("+")
         for group, section in (("lora", self.lora), ("ttt", self.ttt)):
             if group in trained and not section.enable:

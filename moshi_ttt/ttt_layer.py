@@ -208,7 +208,8 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
 
         def blank(parameter: nn.Parameter) -> torch.Tensor:
             heads, *shape = parameter.shape
-            return parameter.detach().new_zeros(batch_size * heads, *shape)
+            # Not parameter.new_zeros: of a sharded parameter that would be sharded too.
+            return torch.zeros(batch_size * heads, *shape, dtype=parameter.dtype, device=parameter.device)
 
         return InnerWeights(tuple(map(blank, self.inner_weights)), tuple(map(blank, self.inner_biases)))
 
