@@ -36,25 +36,37 @@ from moshi_ttt.loading import DTYPES
 logger = logging.getLogger(__name__)
 
 
+def shard_count(config: FSDPConfig, processes: int) -> int:
+    """Into how many parts the model is split; 1 where it is not.
+
+    Raises:
+        ValueError: the mesh that the config asks for is not one of this many processes.
+    """
+    if config.shard == "hybrid":
+        assert config.replicate is not None, "the config was validated"
+        if processes % config.replicate or processes == config.replicate:
+            raise ValueError(
+                f"fsdp.shard=hybrid with fsdp.replicate={config.replicate} needs that number times 2 or more "
+                f"processes, there are {processes}; choose another fsdp.replicate, or fsdp.shard=full"
+            )
+        return processes // config.replicate
+    return 1 if config.shard == "none" else processes
+
+
 def make_mesh(config: FSDPConfig, process: Process) -> DeviceMesh | None:
     """The processes as FSDP2 uses them: in a line, or replicas x shards. None where nothing is sharded.
 
     Raises:
         ValueError: the mesh that the config asks for is not one of this many processes.
     """
-    world = process.world_size
-    if config.shard == "hybrid":
-        assert config.replicate is not None, "the config was validated"
-        if world % config.replicate or world == config.replicate:
-            raise ValueError(
-                f"fsdp.shard=hybrid with fsdp.replicate={config.replicate} needs that number times 2 or more "
-                f"processes, there are {world}; choose another fsdp.replicate, or fsdp.shard=full"
-            )
-        shape = (config.replicate, world // config.replicate)
-        return init_device_mesh(process.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    if world == 1 or config.shard == "none":
+    shards = shard_count(config, process.world_size)
+    if shards == 1:
         return None
-    return init_device_mesh(process.device.type, (world,), mesh_dim_names=("shard",))
+    if config.shard == "hybrid":
+        shape, names = (process.world_size // shards, shards), ("replicate", "shard")
+    else:
+        shape, names = (shards,), ("shard",)
+    return init_device_mesh(process.device.type, shape, mesh_dim_names=names)
 
 
 def shard(root: LossModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
@@ -122,6 +134,18 @@ def _split_dimension(shape: torch.Size, shards: int) -> int:
     if shape[0] >= shards:
         return 0
     return next((dim for dim, size in enumerate(shape) if size and size % shards == 0), 0)
+
+
+def gathered_bytes(model: LMModel) -> int:
+    """Bytes of parameters that are gathered at a time at most: a unit in use, and the next on its way."""
+    seen: set[nn.Parameter] = set()
+    sizes = [0, 0]
+    for unit in _units(model):
+        modules = [unit] if isinstance(unit, nn.Module) else unit
+        new = {p for module in modules for p in module.parameters()} - seen
+        seen |= new
+        sizes.append(sum(p.numel() * p.element_size() for p in new))
+    return sum(sorted(sizes)[-2:])
 
 
 def _units(model: LMModel) -> Iterator[list[nn.Module] | nn.Module]:

@@ -1,7 +1,7 @@
 """What `test_sharding.py` runs in 1, 2 and 4 processes: the same training steps on the same global batches.
 
-`python -m sharded_training FOLDER` joins the others of its launch, and each writes to FOLDER what came out: gradients, parameters and losses, so that those of several processes can be compared with those of
-one.
+`python -m sharded_training FOLDER` joins the others of its launch, and each writes to FOLDER what came out:
+gradients, parameters and losses, so that those of several processes can be compared with those of one.
 """
 
 import json
@@ -130,41 +130,31 @@ def run_case(case: Case, folder: Path, process: Process) -> dict[str, Any]:
     return result
 
 
-@dataclass
-class Part:
-    """What a process has of a tensor.
+# Of a tensor: a copy of this process's part, the dimension it is split along (None: it is not), and into how
+# many. Plain values, so that they are loaded without running code.
+Part = tuple[torch.Tensor, int | None, int]
 
-    Args:
-        local: a copy of its part.
-        dim: along which the tensor is split; None if it is not.
-        shards: into how many parts.
-    """
 
-    local: torch.Tensor
-    dim: int | None = None
-    shards: int = 1
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> "Part":
-        if not isinstance(tensor, DTensor):
-            return Part(tensor.detach().clone())
-        mesh = tensor.device_mesh
-        return Part(tensor.detach().to_local().clone(), tensor.placements[-1].dim, mesh.size(mesh.ndim - 1))
+def part_of(tensor: torch.Tensor) -> Part:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone(), None, 1
+    mesh = tensor.device_mesh
+    return tensor.detach().to_local().clone(), tensor.placements[-1].dim, mesh.size(mesh.ndim - 1)
 
 
 def parts_of(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Part]:
-    return {name: Part.of(tensor) for name, tensor in named}
+    return {name: part_of(tensor) for name, tensor in named}
 
 
 def joined(ranks: list[dict[str, Part]]) -> dict[str, torch.Tensor]:
     """Whole tensors from the parts of all processes; replicas must be the same."""
     tensors = {}
-    for name, first in ranks[0].items():
-        parts = [rank[name].local for rank in ranks]
-        groups = [parts[start : start + first.shards] for start in range(0, len(parts), first.shards)]
-        whole = [group[0] if first.dim is None else torch.cat(group, first.dim) for group in groups]
-        assert all(torch.equal(replica, whole[0]) for replica in whole), name
-        tensors[name] = whole[0]
+    for name, (_, dim, shards) in ranks[0].items():
+        locals_ = [rank[name][0] for rank in ranks]
+        groups = [locals_[start : start + shards] for start in range(0, len(ranks), shards)]
+        replicas = [group[0] if dim is None else torch.cat(group, dim) for group in groups]
+        assert all(torch.equal(replica, replicas[0]) for replica in replicas), name
+        tensors[name] = replicas[0]
     return tensors
 
 
