@@ -131,10 +131,17 @@ def test_training_is_that_of_one_process(results, name, world):
 def test_every_trainable_parameter_moves_and_no_other(results, name, world):
     found = results[world][name]
     moved = {key for key, tensor in found["end"].items() if not torch.equal(tensor, found["start"][key])}
-    if name == "bfloat16":  # where small steps of plain SGD are lost to rounding
-        assert moved <= set(found["trainable"])
-    else:
-        assert moved == set(found["trainable"])
+    assert moved <= set(found["trainable"])
+    if name != "bfloat16":  # where small steps of plain SGD are lost to rounding
+        # LoRA's A has no gradient before B has left 0, and a tiny one then.
+        assert {key for key in found["trainable"] if ".lora_A." not in key} <= moved
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_trainable_parameter_moves_with_adamw(results, world):
+    start, end = results[world]["both"]["start"], results[world]["adamw"]["tensors"]["parameter"]
+    assert end.keys() == set(results[world]["both"]["trainable"])
+    assert [key for key, tensor in end.items() if torch.equal(tensor, start[key])] == []
 
 
 def test_the_cases_reach_what_they_are_named_for(results):
@@ -172,6 +179,7 @@ def test_a_checkpoint_is_that_of_a_plain_model_with_the_same_parameters(folder, 
         assert (sharded / "consolidated" / name).read_bytes() == (plain / "consolidated" / name).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("world", [2, 4])
 def test_optimiser_state_is_loaded_by_one_process(folder, results, tmp_path, world):
     (tmp_path / "x").mkdir()
@@ -183,6 +191,7 @@ def test_optimiser_state_is_loaded_by_one_process(folder, results, tmp_path, wor
     for kind, of in saved.items():
         assert of.keys() == tensors[kind].keys()
         assert all(torch.equal(tensor, tensors[kind][name]) for name, tensor in of.items())
+    assert all(step.item() == STEPS for step in tensors["step"].values())
     live = dict(trainer.parts.model.named_parameters())
     assert all(torch.equal(tensor, live[name]) for name, tensor in saved["parameter"].items())
 
