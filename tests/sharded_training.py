@@ -39,7 +39,7 @@ class Case:
 
     Args:
         overrides: of the tiny config.
-        uneven: half of the rows have no target at all, and one has half of them.
+        uneven: rows have different numbers of targets, some have none at all.
         worlds: numbers of processes that run it.
         like: the case whose results in one process these must equal; None for its own.
     """
@@ -105,7 +105,7 @@ def global_batches(config: TrainConfig, process: Process, uneven: bool = False) 
         clips: list[Clip] = [opening if step == 0 or (step, row) == (2, 1) else later for row in range(ROWS)]
         if uneven:
             codes[1, :, FRAMES // 2 :] = -1
-            codes[2:] = -1
+            codes[3 - step % 2 :] = -1  # a process of four without a target, then one of two
         yield Batch(codes[mine], clips[mine])
 
 

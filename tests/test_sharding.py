@@ -145,7 +145,7 @@ def test_every_trainable_parameter_moves_with_adamw(results, world):
 
 
 def test_the_cases_reach_what_they_are_named_for(results):
-    # Half of the rows without a target change the loss, and a carried state is not a fresh one.
+    # Rows without targets change the loss, and a carried state is not a fresh one.
     one = results[1]
     assert not torch.equal(one["uneven"]["losses"][0], one["both"]["losses"][0])
     assert not torch.equal(one["carried"]["losses"][1], one["carried"]["losses"][0])

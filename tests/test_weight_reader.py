@@ -1,10 +1,14 @@
 """Weights read tensor by tensor are those that `build_model` loads, whatever names their files use."""
 
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from moshi.models.loaders import MOSHI_NAME
 from safetensors.torch import load_file, save_file
+from test_distributed import free_port
+from training import TINY, start_python
 
 from finetune.sharded_build import outline
 from moshi_ttt.building import ModelSettings, WeightFiles, build_model
@@ -12,6 +16,7 @@ from moshi_ttt.checkpoint import save_checkpoint, weight_paths
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.loading import ModelConfig
 from moshi_ttt.lora import LoRAConfig
+from moshi_ttt.tiny_model import tiny_model_folder
 from moshi_ttt.weight_reader import open_weights, plain_name
 
 SETTINGS = ModelSettings(
@@ -89,3 +94,19 @@ def test_files_that_do_not_fit_are_refused(tiny_base, split_names, tmp_path):
 def test_a_name_in_plain_moshi():
     name = "transformer.layers.1.original_layer.self_attn.in_projs.0.frozen_W.weight"
     assert plain_name(name) == "transformer.layers.1.self_attn.in_projs.0.weight"
+
+
+def test_every_process_says_what_is_wrong_with_the_weights(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model_folder(), folder)
+    path = folder / MOSHI_NAME
+    state = load_file(path)
+    save_file({name: tensor for name, tensor in state.items() if name != "out_norm.alpha"}, path)
+    process = start_python(
+        *("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"),
+        *("-m", "finetune.train", *TINY, f"run_dir={tmp_path / 'run'}", f"model.source={folder}"),
+    )
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert printed.count("ValueError: the base weights do not fit the settings: 1 tensors missing") == 2
+    assert not (tmp_path / "run").exists()
