@@ -17,9 +17,12 @@ from finetune.data.clips import Clip, ClipEncoder, Encoder, PreparedClips
 from finetune.data.interleaver import TextTokens
 from finetune.data.prepared import WHOLE, PreparedSet
 from finetune.distributed import Process, start, stop, wait_for_all
+from finetune.loss import LossModel
 from finetune.persistence import GIB, available_bytes, refuse_oversized
 from finetune.plot import plot_losses
 from finetune.run_dir import Metrics, RunLog, create_run_dir, refuse_existing, start_logging
+from finetune.sharded_build import build_sharded
+from finetune.sharding import make_mesh
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
 from moshi_ttt.building import WeightFiles, build_model
@@ -59,11 +62,18 @@ def build_parts(
         logger.info("initial weights: %s", warm.description)
         weights = warm.weights
     torch.manual_seed(config.seed)  # new LoRA and TTT weights are the same in every process
-    model = build_model(settings, base, process.device, weights)
+    mesh = make_mesh(config.fsdp, process)
+    sharded = None
+    if mesh is None:
+        loss_model = LossModel(build_model(settings, base, process.device, weights))
+        counts = set_trainable(loss_model.lm, config.mode)
+    else:
+        sharded = build_sharded(settings, base, weights, config.mode, process, mesh, config.fsdp)
+        loss_model, counts = sharded.root, sharded.trained
+    model = loss_model.lm
     verify_ttt_layers(model, settings.ttt)
     verify_contexts(model, settings.ttt)
     logger.info("%s", context_line(model))
-    counts = set_trainable(model, config.mode)
     total = sum(p.numel() for p in model.parameters())
     trained = ", ".join(f"{group} {count:,}" for group, count in counts.items()) or "nothing"
     logger.info("mode %s trains %s of %s parameters", config.mode, trained, f"{total:,}")
@@ -86,7 +96,7 @@ def build_parts(
     if config.eval.prompt is not None:
         prompt = read_recording(config.eval.prompt, mimi.sample_rate)
     save_base = config.mode == "full" or weights.base is not None
-    return Parts(model, base, mimi, tokenizer, encoder, valid_clips, prompt, save_base)
+    return Parts(loss_model, base, mimi, tokenizer, encoder, valid_clips, prompt, save_base, sharded)
 
 
 def make_batches(
@@ -123,13 +133,14 @@ def train(config: TrainConfig, process: Process) -> Path:
         train_sources, valid_clips = read_clips(config, bad_input)
         parts = build_parts(config, valid_clips, process, bad_input)
         metrics = None
+        layers = describe(parts.model)
         wait_for_all(process)  # nobody still looks whether the run directory exists
         if process.is_main:
             create_run_dir(config)
             log.open(run_dir / "train.log")
             num_clips = sum(len(source.clips) for source in train_sources)
             logger.info("%d training clips, %d validation clips", num_clips, len(valid_clips))
-            logger.info("layers:\n%s", describe(parts.model))
+            logger.info("layers:\n%s", layers)
             metrics = Metrics(run_dir, config)
         batches = make_batches(config, parts.encoder, train_sources, process)
         trainer = Trainer(config, parts, batches, process, run_dir, metrics)

@@ -277,7 +277,9 @@ def test_the_validation_loss_is_that_of_whole_recordings(tmp_path, recordings):
             sums[2:] += targets.totals()
     expected = (sums[:2] / sums[2:]).tolist()
     for batch_size in (1, 3):
-        measured = carried_validation_loss(parts.model, encoder, parts.valid_clips, batch_size, weights, CPU)
+        measured = carried_validation_loss(
+            parts.loss_model, encoder, parts.valid_clips, batch_size, weights, CPU
+        )
         assert [measured["text_loss"], measured["audio_loss"]] == pytest.approx(expected, abs=1e-5)
 
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finetune.command import typed_config
-from finetune.config import DataConfig
 from finetune.data.bad_input import BadInput
+from finetune.data.config import DataConfig
 from finetune.data.encoding import Job, encoded_by, encoded_here
 from finetune.data.join import join
 from finetune.data.plan import array_position, claim, make_plan
