@@ -30,6 +30,7 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.streaming_step
 	$(BIN)/python -m benchmarks.diagnostics_overhead
+	$(BIN)/python -m benchmarks.data_loading
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

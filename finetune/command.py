@@ -1,5 +1,6 @@
 """From a command line to a typed config."""
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import TypeVar
 
@@ -8,12 +9,16 @@ from omegaconf import DictConfig, OmegaConf
 Config = TypeVar("Config")
 
 
-def typed_config(config: DictConfig, kind: type[Config]) -> Config:
+def typed_config(config: DictConfig, kind: type[Config], unused: Sequence[str] = ()) -> Config:
     """What Hydra composed, as the dataclass that is its schema.
 
+    Args:
+        unused: keys that need no value, since nobody will read them.
     Raises:
         ValueError: a value that the user must give is missing, or a key is unknown.
     """
+    for key in OmegaConf.missing_keys(config) & set(unused):
+        OmegaConf.update(config, key, "")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}; give them as {missing[0]}=VALUE")

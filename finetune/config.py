@@ -1,104 +1,22 @@
 """The typed config of a training run: every field, what it means, what it must be."""
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from finetune.command import typed_config
-from finetune.data.bad_input import ON_ERROR
-from finetune.data.interleaver import TextLayout
-from finetune.data.sources import USER_CHANNELS, SourceSettings
+from finetune.data.config import DataConfig
+from finetune.data.prepared import PER_CLIP, WHOLE
 from finetune.persistence import refuse_broken_mini_batches
 from moshi_ttt.building import ModelSettings
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.loading import ModelConfig
+from moshi_ttt.integration import FRAME_RATE
+from moshi_ttt.loading import DTYPES, ModelConfig
 from moshi_ttt.lora import LoRAConfig
 from moshi_ttt.parameters import TRAINABLE_GROUPS
-
-
-@dataclass
-class DataConfig:
-    """Where recordings are and how they become streams. Format: Kyutai's stereo jsonl, or one voice alone."""
-
-    train: str = MISSING
-    """A .jsonl or .jsonl.gz of the training recordings, a folder of them, or several with weights:
-    "a.jsonl:0.7,folder:0.3". Lines are {"path": ..., "duration": seconds}. The audio is stereo, left Moshi
-    and right the user; NAME.json beside it holds the timed words. mono:FOLDER and mono:LIST.jsonl are
-    recordings of one voice, which Moshi learns, without words: Libri-Light's folders or any others."""
-
-    valid: str | None = None
-    """Held-out recordings for the validation loss, named in the same way; weights say nothing here. None
-    validates nothing."""
-
-    root: str | None = None
-    """Folder that all audio must lie in. None is the folder of each jsonl, or the folder that is named."""
-
-    user_channel: str = "silence"
-    """The user of mono recordings: silence or noise."""
-
-    user_noise_dbfs: float = -60.0
-    """Level of that noise (white, RMS) in dB of full scale. It is the same in every run."""
-
-    check_files: bool = True
-    """Open every file before the run starts. False believes the lists, for many files: a broken one shows
-    when it is first used."""
-
-    on_error: str = "raise"
-    """What a recording that cannot be used does. raise: it stops the run. skip: it is logged, counted and
-    left out; where that shows during training, nothing is learnt from its place in the batch."""
-
-    max_error_fraction: float = 0.01
-    """With on_error=skip, the run stops when a larger share of the recordings cannot be used."""
-
-    shuffle: bool = True
-    """Draw clips in a new seeded order every epoch."""
-
-    keep_main_only: bool = True
-    """Put only the main speaker's words on the text stream, as moshi-finetune does. This and the following
-    are the options of its interleaver, with its defaults."""
-
-    main_speaker: str = "SPEAKER_MAIN"
-    """The main speaker's label in the alignments."""
-
-    use_bos_eos: bool = False
-    """With keep_main_only=false: BOS where the main speaker takes the turn, EOS where another takes it."""
-
-    keep_and_shift: bool = False
-    """Say words to their ends, however late; otherwise the next word cuts what is left of one."""
-
-    audio_delay_sec: float = 0.0
-    """How much later the audio is than the text; below 0 the text is later."""
-
-    in_word_padding: int | None = None
-    """Text token of frames in which a word still lasts when all its tokens are placed. None is padding."""
-
-    @property
-    def sources(self) -> SourceSettings:
-        """How the sources are read."""
-        return SourceSettings(self.root, self.check_files, self.user_channel, self.user_noise_dbfs)
-
-    @property
-    def layout(self) -> TextLayout:
-        """How words go on the text stream."""
-        return TextLayout.of(asdict(self))
-
-    def validate(self) -> None:
-        """Raise ValueError for settings that cannot work."""
-        if self.on_error not in ON_ERROR:
-            raise ValueError(f"data.on_error must be raise or skip; got {self.on_error!r}")
-        if not 0 <= self.max_error_fraction < 1:
-            raise ValueError(
-                f"data.max_error_fraction must be at least 0 and below 1, got {self.max_error_fraction}"
-            )
-        if self.user_channel not in USER_CHANNELS:
-            raise ValueError(f"data.user_channel must be silence or noise; got {self.user_channel!r}")
-        if not self.user_noise_dbfs <= 0:
-            raise ValueError(
-                f"data.user_noise_dbfs is in dB of full scale: at most 0; got {self.user_noise_dbfs}"
-            )
-        self.layout.validate()
 
 
 @dataclass
@@ -165,6 +83,47 @@ class DiagnosticsConfig:
 
 
 @dataclass
+class FSDPConfig:
+    """How the model is split over processes (FSDP2). One process splits nothing."""
+
+    shard: str = "auto"
+    """full: parameters, gradients and optimiser state are split over all processes. hybrid: over the
+    processes of each of `replicate` groups, which hold the same. none: every process holds the whole model.
+    auto: full with several processes."""
+
+    replicate: int | None = None
+    """Groups of hybrid; usually the number of nodes, so that only gradients pass between them."""
+
+    reduce_dtype: str = "float32"
+    """Gradients are added up over processes in this: float32 or bfloat16."""
+
+    reshard_after_forward: bool = True
+    """Free gathered parameters after the forward pass, and gather them again in the backward pass."""
+
+    reduce_every_microbatch: bool = False
+    """Reduce gradients after each micro-batch: more traffic, but no process holds a gradient of the whole
+    model between micro-batches."""
+
+    def validate(self) -> None:
+        """Raise ValueError for settings that no number of processes can have."""
+        if self.shard not in ("auto", "full", "hybrid", "none"):
+            raise ValueError(f"fsdp.shard must be auto, full, hybrid or none; got {self.shard!r}")
+        if (self.shard == "hybrid") != (self.replicate is not None):
+            raise ValueError(
+                f"fsdp.replicate={self.replicate} with fsdp.shard={self.shard}: the number of replicas "
+                "belongs to fsdp.shard=hybrid; give both or neither"
+            )
+        if self.replicate is not None and self.replicate < 2:
+            raise ValueError(
+                f"fsdp.replicate must be at least 2, got {self.replicate}; or use fsdp.shard=full"
+            )
+        if self.reduce_dtype not in DTYPES:
+            raise ValueError(
+                f"fsdp.reduce_dtype must be one of {', '.join(DTYPES)}; got {self.reduce_dtype!r}"
+            )
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases. The API key comes from `wandb login` or WANDB_API_KEY, never from a config."""
 
@@ -199,6 +158,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     init_from: str | None = None
@@ -243,6 +203,11 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl and the log."""
 
     @property
+    def encode(self) -> str:
+        """How audio becomes codes: `data.encode`, or what it stands for."""
+        return self.data.encode or (WHOLE if self.ttt.persistent_states else PER_CLIP)
+
+    @property
     def settings(self) -> ModelSettings:
         """The part that decides what the model is."""
         return ModelSettings(self.model, self.param_dtype, self.lora, self.ttt)
@@ -257,6 +222,7 @@ class TrainConfig:
             self.ttt.validate()
         if self.lora.enable:
             self.lora.validate()
+        self.fsdp.validate()
         trained = self.mode.split("+")
         for group, section in (("lora", self.lora), ("ttt", self.ttt)):
             if group in trained and not section.enable:
@@ -268,6 +234,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.ttt.persistent_states:
             refuse_broken_mini_batches(self.duration_sec, self.ttt.mini_batch_size if self.ttt.enable else 1)
+        self._validate_data()
         if self.max_carried_gib is not None and not self.max_carried_gib > 0:
             raise ValueError(f"max_carried_gib must be above 0, or null; got {self.max_carried_gib}")
         for name in ("lr", "ttt_lr", "gate_lr", "max_norm"):
@@ -293,6 +260,25 @@ class TrainConfig:
         if self.wandb.mode != "disabled" and not self.wandb.project:
             raise ValueError(f"wandb.mode={self.wandb.mode} needs wandb.project=NAME")
 
+    def _validate_data(self) -> None:
+        if self.data.encode not in (None, WHOLE, PER_CLIP):
+            raise ValueError(f"data.encode must be {WHOLE}, {PER_CLIP} or null; got {self.data.encode!r}")
+        if self.data.workers < 0:
+            raise ValueError(f"data.workers must be 0 (none) or more, got {self.data.workers}")
+        if self.ttt.persistent_states and self.encode != WHOLE:
+            raise ValueError(
+                "ttt.persistent_states=true carries state through a recording, whose codes must be those of "
+                f"a stream: set data.encode={WHOLE} or leave it out; got {self.data.encode}"
+            )
+        frames = self.duration_sec * FRAME_RATE
+        if self.encode == WHOLE and abs(frames - round(frames)) > 1e-6:
+            proposed = sorted({max(1, math.floor(frames)), math.ceil(frames)})
+            raise ValueError(
+                f"duration_sec={self.duration_sec:g} is {frames:g} frames; with data.encode={WHOLE} clips "
+                "are cut between frames: use duration_sec="
+                + " or ".join(f"{number / FRAME_RATE:g}" for number in proposed)
+            )
+
 
 def register() -> None:
     """Tell Hydra the types, so that an unknown key or a wrong type is an error."""
@@ -301,7 +287,7 @@ def register() -> None:
 
 
 def to_typed(config: DictConfig) -> TrainConfig:
-    """The composed config as dataclasses, checked.
+    """The composed config of a run as dataclasses, checked.
 
     Raises:
         ValueError: a value that the user must give is missing, or settings cannot work.

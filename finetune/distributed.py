@@ -1,7 +1,8 @@
 """Processes of one training run: their ranks, and sums over them. One process needs no group."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,25 +30,106 @@ class Process:
         return self.rank == 0
 
 
-def start(device: str) -> Process:
-    """Find this process's place (torchrun sets RANK, WORLD_SIZE, LOCAL_RANK) and join the others.
+@dataclass(frozen=True)
+class Place:
+    """A process among those that a launcher started.
+
+    Args:
+        rank, world_size: global.
+        local_rank: index among the processes of its node.
+        rendezvous: where the processes meet, as torch takes it.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    rendezvous: str = "env://"
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """This process's place, as torchrun or SLURM's srun tell it; alone without either.
+
+    torchrun under srun is torchrun: it sets all that it starts, srun only starts the agents.
 
     Raises:
-        ValueError: an unknown device, or cuda where there is none.
+        ValueError: a launcher has set only a part of what it should.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        rank, world_size, local_rank = _numbers(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        return Place(rank, world_size, local_rank)
+    # Of a step of srun. SLURM_NTASKS alone is also there in a batch script and in an salloc shell, where a
+    # plain `python` is one process.
+    if "SLURM_STEP_NUM_TASKS" not in environment:
+        return Place(0, 1, 0)
+    rank, world_size, local_rank = _numbers(
+        environment, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+    )
+    job, step = _numbers(environment, "SLURM_JOB_ID", "SLURM_STEP_ID")
+    host = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    # Below the ports that systems hand out by themselves; other jobs and steps get others.
+    port = environment.get("MASTER_PORT") or 15000 + (16 * job + step) % 15000
+    return Place(rank, world_size, local_rank, f"tcp://{host}:{port}")
+
+
+def _numbers(environment: Mapping[str, str], *names: str) -> list[int]:
+    for name in names:
+        if not environment.get(name, "").isdecimal():
+            raise ValueError(
+                f"the launcher set {names[0]} or {names[1]}, but {name} is {environment.get(name)!r}, not a "
+                "number; start with torchrun or srun, or unset what is left of another launch"
+            )
+    return [int(environment[name]) for name in names]
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list such as "login,gpu[003-007,12]"."""
+    found = re.match(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\]([^,\[\]]*))?", nodes)
+    if found is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no host; set MASTER_ADDR to that of rank 0")
+    return "".join(part or "" for part in found.groups())
+
+
+def choose_device(device: str, local_rank: int, gpus: int) -> torch.device:
+    """Where the process computes that is `local_rank` on a node where it sees `gpus` GPUs.
+
+    A process that sees one GPU takes that: schedulers may show each of its tasks its own.
+
+    Raises:
+        ValueError: an unknown device, cuda where there is none, or more processes than GPUs.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda; got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not gpus:
         raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or install a driver")
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    target = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
+    if device == "cpu" or not gpus:
+        return torch.device("cpu")
+    if gpus > 1 and local_rank >= gpus:
+        raise ValueError(
+            f"process {local_rank} of this node has no GPU: torch sees {gpus}; start as many processes on "
+            "each node as it has GPUs"
+        )
+    return torch.device("cuda", local_rank if gpus > 1 else 0)
+
+
+def start(device: str) -> Process:
+    """Find this process's place and join the others.
+
+    Raises:
+        ValueError: an impossible device or place.
+    """
+    place = find_place(os.environ)
+    target = choose_device(device, place.local_rank, torch.cuda.device_count())
+    if target.type == "cuda":
         torch.cuda.set_device(target)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-    return Process(int(os.environ.get("RANK", "0")), world_size, target)
+    if place.world_size > 1:
+        dist.init_process_group(
+            "nccl" if target.type == "cuda" else "gloo",
+            init_method=place.rendezvous,
+            rank=place.rank,
+            world_size=place.world_size,
+            device_id=target if target.type == "cuda" else None,
+        )
+    return Process(place.rank, place.world_size, target)
 
 
 def stop(process: Process) -> None:
@@ -82,3 +164,16 @@ def sum_gradients(parameters: Sequence[nn.Parameter], process: Process) -> None:
     for parameter, total in zip(with_grad, sums, strict=True):
         assert parameter.grad is not None
         parameter.grad.copy_(total.view_as(parameter.grad))
+
+
+def agree(problem: str | None, process: Process) -> None:
+    """Let every process know what the main process has found wrong, or that all is well.
+
+    Raises:
+        ValueError: the problem of the main process, in every process.
+    """
+    message = [problem]
+    if process.world_size > 1:
+        dist.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise ValueError(message[0])

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from moshi.models.lm import LMModel, LMOutput
+from torch import nn
 from torch.nn import functional as F
 
-from moshi_ttt.carried import CarriedState, chunk_steps
+from moshi_ttt.carried import CarriedState, chunk_steps, forward_chunk
 from moshi_ttt.delays import scored_in_clip
 
 
@@ -94,3 +95,32 @@ def loss_sums(output: LMOutput, targets: WeightedTargets) -> torch.Tensor:
     text = weighted_nll_sum(output.text_logits, targets.text, targets.text_weight)
     audio = weighted_nll_sum(output.logits, targets.audio, targets.audio_weight)
     return torch.stack((text, audio))
+
+
+class LossModel(nn.Module):
+    """A Moshi with its loss as output: what training runs forward and backward, and what FSDP2 shards.
+
+    FSDP2 finds the tensors whose gradients start the backward pass in the output of the root module, but does
+    not look into an `LMOutput`: with a Moshi as the root nothing would train, without an error.
+
+    Args:
+        lm: the model.
+    """
+
+    def __init__(self, lm: LMModel):
+        super().__init__()
+        self.lm = lm
+
+    def forward(
+        self, codes: torch.Tensor, targets: WeightedTargets, carried: CarriedState | None = None
+    ) -> tuple[torch.Tensor, CarriedState | None]:
+        """Weighted sums of the text and audio loss of codes `[B, 17, T]`, `[2]`, and the state to carry on.
+
+        Args:
+            codes, targets: whole clips; with `carried` the next chunks of recordings.
+            carried: what the rows carry from their last chunks.
+        """
+        if carried is None:
+            return loss_sums(self.lm(codes), targets), None
+        output, after = forward_chunk(self.lm, codes, carried)
+        return loss_sums(output, targets), after

@@ -1,6 +1,7 @@
 """AdamW with a learning rate for each group, float32 masters of bfloat16 parameters, OneCycle."""
 
 import math
+from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from finetune.config import OptimConfig
 from moshi_ttt.parameters import named_groups
+from moshi_ttt.whole import whole
 
 
 class Optimizer:
@@ -19,7 +21,8 @@ class Optimizer:
     that small updates are not lost to rounding.
 
     Args:
-        model: with `requires_grad` set as the run wants it.
+        model: with `requires_grad` set as the run wants it, and sharded if it is to be: the optimiser of a
+            sharded model has its shards of masters and moments.
         config: rates and decay.
         max_steps: length of the schedule.
     """
@@ -28,9 +31,11 @@ class Optimizer:
         rates = {"base": config.lr, "lora": config.lr, "ttt": config.ttt_lr, "gate": config.gate_lr}
         decays = {"base": config.weight_decay, "lora": config.weight_decay, "ttt": config.ttt_weight_decay}
         members: dict[str, list[nn.Parameter]] = {}
-        for group, _, parameter in named_groups(model):
+        self.names: dict[nn.Parameter, str] = {}
+        for group, name, parameter in named_groups(model):
             if parameter.requires_grad:
                 members.setdefault(group, []).append(parameter)
+                self.names[parameter] = name
         assert members, "an optimiser needs something to train"
         self.max_norm = config.max_norm
         self.parameters = [p for group in members.values() for p in group]
@@ -47,6 +52,8 @@ class Optimizer:
             ],
             betas=(0.9, 0.95),
             eps=1e-8,
+            # What torch chooses itself, but for DTensors, which it would update one by one.
+            foreach=self.parameters[0].device.type == "cuda",
         )
         self.schedule = OneCycleLR(
             self.adamw,
@@ -61,7 +68,7 @@ class Optimizer:
 
     def clip(self) -> torch.Tensor:
         """Scale all gradients down to the configured norm; returns the norm they had."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        return whole(nn.utils.clip_grad_norm_(self.parameters, self.max_norm))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -73,6 +80,44 @@ class Optimizer:
             parameter.copy_(master)
             master.grad = None
         self.schedule.step()
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """All tensors that a step changes, by kind and parameter name, as `{"exp_avg": {NAME: ...}, ...}`.
+
+        Kinds: parameter, master (of parameters that are not float32), step, exp_avg, exp_avg_sq. They are the
+        live ones: what is copied into them is what the next step goes on from. Of a sharded model they are
+        DTensors: `torch.distributed.checkpoint.save` writes each process's shards, `load` fills them in
+        place, also for another number of processes.
+        """
+        kinds = ("parameter", "master", "step", "exp_avg", "exp_avg_sq")
+        found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
+        for parameter, name in self.names.items():
+            updated = self.masters.get(parameter, parameter)
+            state = self.adamw.state[updated]
+            if not state:  # as AdamW has it before its first step
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(updated, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(updated, requires_grad=False)
+            found["parameter"][name] = parameter.detach()
+            if updated is not parameter:
+                found["master"][name] = updated
+            for kind in state:
+                found[kind][name] = state[kind]
+        return found
+
+    def progress(self) -> dict[str, Any]:
+        """Where the schedule is, plain values; `tensors()` and this are the whole state."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.adamw.param_groups
+        ]
+        return {"schedule": self.schedule.state_dict(), "groups": groups}
+
+    def set_progress(self, progress: dict[str, Any]) -> None:
+        """Go on from what `progress` returned."""
+        self.schedule.load_state_dict(progress["schedule"])
+        for group, values in zip(self.adamw.param_groups, progress["groups"], strict=True):
+            group.update(values)
 
     def learning_rates(self) -> dict[str, float]:
         """The current rate of each group."""

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from finetune.config import TrainConfig, to_typed
 from finetune.loss import LossWeights, loss_sums, weighted_chunk_targets, weighted_targets
 from finetune.run_dir import start_logging
+from finetune.sharding import gathered_bytes, shard_count
 from moshi_ttt.carried import CarriedState, forward_chunk, fresh_state
 from moshi_ttt.integration import apply_ttt_to_model, set_activation_checkpointing
 from moshi_ttt.loading import find_lm_config, refuse_other_models
@@ -86,6 +87,7 @@ class Plan:
         checkpoint: bytes of one checkpoint.
         frames_per_step: on all GPUs.
         carried: bytes of what the rows of all micro-batches carry from chunk to chunk.
+        gathered: bytes of parameters that a sharded model gathers at a time.
     """
 
     parameters: int
@@ -97,10 +99,11 @@ class Plan:
     checkpoint: int
     frames_per_step: int
     carried: int = 0
+    gathered: int = 0
 
     @property
     def memory(self) -> int:
-        return self.weights + self.optimizer + self.carried + self.step_peak
+        return self.weights + self.optimizer + self.carried + self.gathered + self.step_peak
 
 
 class LiveBytes(TorchDispatchMode):
@@ -190,7 +193,8 @@ def measure_step(
 
 
 def make_plan(config: TrainConfig, gpus: int) -> Plan:
-    """Count what a run of `config` needs on each of `gpus` data-parallel GPUs."""
+    """Count what a run of `config` needs on each of `gpus` GPUs, which share the model as it says."""
+    shards = shard_count(config.fsdp, gpus)
     model = build_on_meta(config)
     seconds_to_frames = round if config.ttt.persistent_states else math.ceil
     frames = seconds_to_frames(config.duration_sec * FRAME_RATE)
@@ -211,14 +215,19 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     return Plan(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trainable),
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
-        optimizer=sum((8 if p.dtype == torch.float32 else 12) * p.numel() for p in trainable),
+        weights=_share(sum(p.numel() * p.element_size() for p in model.parameters()), shards),
+        optimizer=_share(sum((8 if p.dtype == torch.float32 else 12) * p.numel() for p in trainable), shards),
         step_peak=max(peak, update_peak),
         flops_per_step=flops * config.num_microbatches,
         checkpoint=checkpoint_bytes(config, model),
         frames_per_step=config.batch_size * config.num_microbatches * frames * gpus,
         carried=carried,
+        gathered=gathered_bytes(model) if shards > 1 else 0,
     )
+
+
+def _share(size: int, shards: int) -> int:
+    return math.ceil(size / shards)
 
 
 def checkpoint_bytes(config: TrainConfig, model: LMModel) -> int:
@@ -250,6 +259,7 @@ def plan_text(plan: Plan, config: "PlanConfig") -> str:
         ("memory per GPU", f"{plan.memory / GIB:.1f} GiB of {gpu.memory_gib:g}: {fits}"),
         ("  weights", f"{plan.weights / GIB:.1f} GiB"),
         ("  optimiser state", f"{plan.optimizer / GIB:.1f} GiB"),
+        *([("  gathered weights", f"{plan.gathered / GIB:.1f} GiB")] if plan.gathered else []),
         *([("  carried state", f"{plan.carried / GIB:.1f} GiB")] if plan.carried else []),
         ("  peak of a step", f"{plan.step_peak / GIB:.1f} GiB (activations, gradients, temporaries)"),
         (
@@ -262,9 +272,11 @@ def plan_text(plan: Plan, config: "PlanConfig") -> str:
     ]
     width = max(len(name) for name, _ in rows)
     title = f"Plan for {config.gpus} x {config.gpu}, {config.duration_sec:g} s x {config.batch_size} clips"
-    caveat = (
-        "Every GPU holds the whole model (data parallel). The peak counts attention scores in full, which "
-        "fused kernels avoid, and leaves out fragmentation and the CUDA context (about 1 GiB)."
+    shards = shard_count(config.fsdp, config.gpus)
+    caveat = "Every GPU holds the whole model." if shards == 1 else f"The model is split over {shards} GPUs."
+    caveat += (
+        " The peak counts attention scores in full, which fused kernels avoid, and gradients in full, also "
+        "those of a split model; it leaves out fragmentation and the CUDA context (about 1 GiB)."
     )
     return "\n".join([title, *(f"{name.ljust(width)}  {value}" for name, value in rows), caveat])
 

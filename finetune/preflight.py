@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -26,9 +27,11 @@ from omegaconf import DictConfig
 from finetune.config import TrainConfig, register, to_typed
 from finetune.data.audio import check_audio
 from finetune.data.bad_input import BadInput
-from finetune.data.sources import read_sources
+from finetune.data.prepared import PreparedSet, is_prepared
+from finetune.data.sources import parse_places, read_places
 from finetune.data.transcript import read_words
 from finetune.plan import build_on_meta, checkpoint_bytes, kept_checkpoints
+from moshi_ttt.digest import cached_sha256
 from moshi_ttt.loading import find_base
 
 TIMEOUT_SEC = 300
@@ -150,29 +153,46 @@ def all_reduce_finding(place: Place, use_cuda: bool) -> Finding:
 
 
 def data_finding(config: TrainConfig, place: Place) -> Finding:
-    """Whether this node sees the lists, and some recordings of each."""
+    """Whether this node sees what it will learn from: lists and some recordings of each, prepared folders."""
     counts, digest = [], hashlib.sha256()
     for name, spec in (("train", config.data.train), ("valid", config.data.valid)):
-        if spec is None:
-            continue
-        bad_input = BadInput(config.data.on_error, config.data.max_error_fraction)
-        sources = read_sources(spec, replace(config.data.sources, check_files=False), bad_input)
-        for source in sources:
-            for recording in source.recordings:
-                digest.update(f"{recording.path} {recording.duration_sec}\n".encode())
-            for recording in source.recordings[:: max(1, len(source.recordings) // SAMPLE_SIZE)]:
-                try:
-                    check_audio(recording.path, recording.num_channels)
-                    if recording.words is not None:
-                        read_words(recording.path, recording.duration_sec)
-                except ValueError as error:
-                    bad_input.skip(str(recording.path), error)
-        bad_input.require_enough()
-        counts.append(f"{sum(len(source.recordings) for source in sources):,} recordings in data.{name}")
+        if spec is not None:
+            counts.append(f"{_look_at(spec, config, digest):,} recordings in data.{name}")
     for name, path in (("eval.prompt", config.eval.prompt), ("init_from", config.init_from)):
         if path is not None and not Path(path).expanduser().exists():
             return Finding(place.host, f"{name}={path} does not exist")
     return Finding(place.host, detail=", ".join(counts), same=digest.hexdigest())
+
+
+def _look_at(spec: str, config: TrainConfig, digest: Any) -> int:
+    """The number of recordings of a data set, whose names go into the digest.
+
+    Raises:
+        ValueError: something is missing or broken.
+    """
+    count = 0
+    places = parse_places(spec)
+    for path in (p.path for p in places if is_prepared(p.path)):
+        prepared = PreparedSet(path)
+        mimi = Path(find_base(config.model).mimi_weights)
+        prepared.require(config.encode, config.duration_sec, cached_sha256(mimi))
+        digest.update(repr(prepared.manifest).encode())
+        count += len(prepared)
+    bad_input = BadInput(config.data.on_error, config.data.max_error_fraction)
+    listed = replace(config.data.sources, check_files=False)
+    for source in read_places([p for p in places if not is_prepared(p.path)], listed, bad_input):
+        count += len(source.recordings)
+        for recording in source.recordings:
+            digest.update(f"{recording.path} {recording.duration_sec}\n".encode())
+        for recording in source.recordings[:: max(1, len(source.recordings) // SAMPLE_SIZE)]:
+            try:
+                check_audio(recording.path, recording.num_channels)
+                if recording.words is not None:
+                    read_words(recording.path, recording.duration_sec)
+            except ValueError as error:
+                bad_input.skip(str(recording.path), error)
+    bad_input.require_enough()
+    return count
 
 
 def model_finding(config: TrainConfig, place: Place) -> Finding:

@@ -28,6 +28,8 @@ from finetune.config import register, to_typed
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "slurm"
 JOBS = ("train", "annotate", "prepare", "sweep")
+# Arguments that are the site's, not the command's.
+OWN = ("launch=", "launch.", "+launch.", "++launch.", "~launch.")
 ARRAYS = ("annotate", "prepare")
 
 
@@ -109,7 +111,10 @@ def read_launch(overrides: Sequence[str]) -> LaunchConfig:
         try:
             config = compose("submit", list(overrides))
         except HydraException as error:
-            raise ValueError(f"{error}\nlaunch=NAME is a file configs/launch/NAME.yaml") from error
+            raise ValueError(
+                f"{error}\nlaunch=NAME is a file configs/launch/NAME.yaml, launch.KEY one of "
+                f"{', '.join(LaunchConfig.__dataclass_fields__)}"
+            ) from error
     launch = typed_config(config, SubmitConfig).launch
     for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task", "grace_sec"):
         value = getattr(launch, name)
@@ -278,7 +283,7 @@ def submit(arguments: Sequence[str]) -> None:
         received = arguments[0] if arguments else "nothing"
         raise ValueError(f"expected one of {', '.join(JOBS)} first, got {received}")
     job = arguments[0]
-    own = [argument for argument in arguments[1:] if argument.startswith(("launch=", "launch."))]
+    own = [argument for argument in arguments[1:] if argument.startswith(OWN)]
     rest = [argument for argument in arguments[1:] if argument not in own]
     launch = read_launch(own)
     if job == "train":

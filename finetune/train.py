@@ -1,8 +1,7 @@
 """`python -m finetune.train experiment=demo run_dir=runs/demo`, the same under torchrun."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -11,18 +10,23 @@ from omegaconf import DictConfig
 
 from finetune.config import TrainConfig, register, to_typed
 from finetune.data.bad_input import BadInput
-from finetune.data.chunks import ChunkEncoder, chunk_batches
-from finetune.data.clips import Batch, Clip, ClipEncoder, cut_clips, training_batches
+from finetune.data.batches import Batches, chunk_batches, training_batches
+from finetune.data.chunks import ChunkEncoder
+from finetune.data.clip_sources import ClipSource, joined, mixed, read_clip_sources, recordings_in
+from finetune.data.clips import Clip, ClipEncoder, Encoder, PreparedClips
 from finetune.data.interleaver import TextTokens
-from finetune.data.mixing import MixedOrder, per_recording
-from finetune.data.sources import all_recordings, read_sources
+from finetune.data.prepared import WHOLE, PreparedSet
 from finetune.distributed import Process, start, stop, wait_for_all
+from finetune.loss import LossModel
 from finetune.persistence import GIB, available_bytes, refuse_oversized
 from finetune.plot import plot_losses
 from finetune.run_dir import Metrics, RunLog, create_run_dir, refuse_existing, start_logging
+from finetune.sharded_build import build_sharded
+from finetune.sharding import make_mesh
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
 from moshi_ttt.building import WeightFiles, build_model
+from moshi_ttt.digest import cached_sha256
 from moshi_ttt.integration import context_line, describe, verify_contexts, verify_ttt_layers
 from moshi_ttt.loading import find_base, load_mimi, load_tokenizer
 from moshi_ttt.parameters import set_trainable
@@ -31,30 +35,23 @@ from moshi_ttt.warm_start import find_warm_start
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class ClipSource:
-    """Training clips of one source and how often it is drawn, relative to the others."""
-
-    weight: float
-    clips: list[Clip]
-
-
-def read_clips(config: TrainConfig, bad_input: BadInput) -> tuple[list[ClipSource], list[Clip]]:
+def read_clips(config: TrainConfig, bad_input: BadInput) -> tuple[list[ClipSource], Sequence[Clip]]:
     """Training and validation clips; every file is checked before anything is built or written."""
-    data = config.data
-    train = [
-        ClipSource(source.weight, cut_clips(source.recordings, config.duration_sec))
-        for source in read_sources(data.train, data.sources, bad_input)
-    ]
-    valid: list[Clip] = []
-    if data.valid is not None:
-        recordings = all_recordings(read_sources(data.valid, data.sources, bad_input))
-        valid = cut_clips(recordings, config.duration_sec)
-    return train, valid[: config.eval.max_clips]
+
+    def require(prepared: PreparedSet) -> None:
+        mimi = find_base(config.settings.model).mimi_weights
+        prepared.require(config.encode, config.duration_sec, cached_sha256(Path(mimi)))
+
+    def read(spec: str) -> list[ClipSource]:
+        return read_clip_sources(spec, config.data.sources, bad_input, config.duration_sec, require)
+
+    train = read(config.data.train)
+    valid = [] if config.data.valid is None else joined(read(config.data.valid))
+    return train, valid if config.eval.max_clips is None else valid[: config.eval.max_clips]
 
 
 def build_parts(
-    config: TrainConfig, valid_clips: list[Clip], process: Process, bad_input: BadInput | None = None
+    config: TrainConfig, valid_clips: Sequence[Clip], process: Process, bad_input: BadInput | None = None
 ) -> Parts:
     """Load or make everything that a run needs, and choose what trains."""
     settings = config.settings
@@ -65,11 +62,18 @@ def build_parts(
         logger.info("initial weights: %s", warm.description)
         weights = warm.weights
     torch.manual_seed(config.seed)  # new LoRA and TTT weights are the same in every process
-    model = build_model(settings, base, process.device, weights)
+    mesh = make_mesh(config.fsdp, process)
+    sharded = None
+    if mesh is None:
+        loss_model = LossModel(build_model(settings, base, process.device, weights))
+        counts = set_trainable(loss_model.lm, config.mode)
+    else:
+        sharded = build_sharded(settings, base, weights, config.mode, process, mesh, config.fsdp)
+        loss_model, counts = sharded.root, sharded.trained
+    model = loss_model.lm
     verify_ttt_layers(model, settings.ttt)
     verify_contexts(model, settings.ttt)
     logger.info("%s", context_line(model))
-    counts = set_trainable(model, config.mode)
     total = sum(p.numel() for p in model.parameters())
     trained = ", ".join(f"{group} {count:,}" for group, count in counts.items()) or "nothing"
     logger.info("mode %s trains %s of %s parameters", config.mode, trained, f"{total:,}")
@@ -92,39 +96,31 @@ def build_parts(
     if config.eval.prompt is not None:
         prompt = read_recording(config.eval.prompt, mimi.sample_rate)
     save_base = config.mode == "full" or weights.base is not None
-    return Parts(model, base, mimi, tokenizer, encoder, valid_clips, prompt, save_base)
+    return Parts(loss_model, base, mimi, tokenizer, encoder, valid_clips, prompt, save_base, sharded)
 
 
 def make_batches(
     config: TrainConfig, encoder: ClipEncoder, sources: Sequence[ClipSource], process: Process
-) -> Iterator[Batch]:
+) -> Batches:
     """This process's batches without end: clips in any order, or recordings chunk by chunk."""
-    clips = [clip for source in sources for clip in source.clips]
+    clips, carried = joined(sources), config.ttt.persistent_states
     order = (config.seed, config.data.shuffle, process.rank, process.world_size)
-    mix = mix_sources(config, sources) if len(sources) > 1 else None
-    if config.ttt.persistent_states:
+    mix = mixed(sources, config.seed, config.data.shuffle, by_recording=carried)
+    # A step takes all its micro-batches at once; those of the next are read while it computes.
+    workers = config.data.workers if all(isinstance(s.clips, PreparedClips) for s in sources) else 0
+    ahead = config.num_microbatches + 1
+    if carried:
         chunks = ChunkEncoder(encoder)
         logger.info(
             "persistent states: %d recordings in %d chunks of %d frames",
-            sum(clip.is_first for clip in clips),
+            sum(recordings_in(source.clips) for source in sources),
             len(clips),
             chunks.num_frames,
         )
-        return chunk_batches(chunks, clips, config.batch_size, config.num_microbatches, *order, mix)
-    return training_batches(encoder, clips, config.batch_size, *order, mix)
-
-
-def mix_sources(config: TrainConfig, sources: Sequence[ClipSource]) -> MixedOrder:
-    """The order of the clips of several sources; with persistent states of their recordings.
-
-    Weights are shares of clips in either.
-    """
-    lengths = [len(source.clips) for source in sources]
-    weights = [source.weight for source in sources]
-    if config.ttt.persistent_states:
-        recordings = [sum(clip.is_first for clip in source.clips) for source in sources]
-        weights, lengths = per_recording(weights, lengths, recordings), recordings
-    return MixedOrder(lengths, weights, config.seed, config.data.shuffle)
+        microbatches = (config.batch_size, config.num_microbatches)
+        return chunk_batches(chunks, clips, *microbatches, *order, mix, workers, ahead)
+    source: Encoder = ChunkEncoder(encoder) if config.encode == WHOLE else encoder
+    return training_batches(source, clips, config.batch_size, *order, mix, workers, ahead)
 
 
 def train(config: TrainConfig, process: Process) -> Path:
@@ -137,13 +133,14 @@ def train(config: TrainConfig, process: Process) -> Path:
         train_sources, valid_clips = read_clips(config, bad_input)
         parts = build_parts(config, valid_clips, process, bad_input)
         metrics = None
+        layers = describe(parts.model)
         wait_for_all(process)  # nobody still looks whether the run directory exists
         if process.is_main:
             create_run_dir(config)
             log.open(run_dir / "train.log")
             num_clips = sum(len(source.clips) for source in train_sources)
             logger.info("%d training clips, %d validation clips", num_clips, len(valid_clips))
-            logger.info("layers:\n%s", describe(parts.model))
+            logger.info("layers:\n%s", layers)
             metrics = Metrics(run_dir, config)
         batches = make_batches(config, parts.encoder, train_sources, process)
         trainer = Trainer(config, parts, batches, process, run_dir, metrics)
@@ -151,6 +148,7 @@ def train(config: TrainConfig, process: Process) -> Path:
             trainer.evaluate()
         else:
             trainer.train()
+        batches.close()
         if metrics is not None:
             metrics.close()
             title = f"{run_dir.name}: {config.mode} on {config.model.source}"

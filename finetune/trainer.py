@@ -17,21 +17,24 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finetune.config import TrainConfig, to_plain
 from finetune.data.chunks import ChunkEncoder
-from finetune.data.clips import Batch, Clip, ClipEncoder
+from finetune.data.clips import Batch, Clip, ClipEncoder, Encoder
+from finetune.data.prepared import WHOLE
 from finetune.distributed import Process, sum_gradients, sum_over_processes, wait_for_all
 from finetune.loss import (
+    LossModel,
     LossWeights,
     WeightedTargets,
-    loss_sums,
     weighted_chunk_targets,
     weighted_targets,
 )
 from finetune.optimizer import Optimizer
 from finetune.persistence import CarriedRows
 from finetune.run_dir import Metrics
+from finetune.sharded_build import ShardedModel, whole_copy
+from finetune.sharding import reduce_gradients, reshard
 from finetune.validation import answer_prompt, carried_validation_loss, validation_loss
-from moshi_ttt.carried import CarriedState, forward_chunk
-from moshi_ttt.checkpoint import save_checkpoint, saved_checkpoints
+from moshi_ttt.carried import CarriedState
+from moshi_ttt.checkpoint import save_checkpoint, saved_checkpoints, weight_files
 from moshi_ttt.diagnostics import Record, TTTDiagnostics, format_record
 from moshi_ttt.integration import set_activation_checkpointing
 
@@ -47,15 +50,16 @@ class Parts:
     """What a run is made of, built and checked before its folder exists.
 
     Args:
-        model: with the trainable parameters chosen.
+        loss_model: the model with its loss, the trainable parameters chosen, sharded if it is to be.
         base: the base model's files.
         mimi, tokenizer, encoder: audio and text to codes and back.
         valid_clips: held-out clips; empty for none.
         prompt: a recording to answer at each evaluation `[n]`, or None.
         save_base: whether checkpoints need all base weights.
+        sharded: `loss_model`, where it is split over processes.
     """
 
-    model: LMModel
+    loss_model: LossModel
     base: CheckpointInfo
     mimi: MimiModel
     tokenizer: sentencepiece.SentencePieceProcessor
@@ -63,6 +67,11 @@ class Parts:
     valid_clips: Sequence[Clip]
     prompt: torch.Tensor | None
     save_base: bool
+    sharded: ShardedModel | None = None
+
+    @property
+    def model(self) -> LMModel:
+        return self.loss_model.lm
 
 
 class Trainer:
@@ -95,10 +104,13 @@ class Trainer:
         self.weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
         self.step = 0
         self.carried: CarriedRows | None = None
+        self.encoder: Encoder = parts.encoder
         self.valid_chunks: ChunkEncoder | None = None
         if config.ttt.persistent_states:
             self.valid_chunks = ChunkEncoder(parts.encoder)
             self.carried = CarriedRows(parts.model, config.batch_size, config.num_microbatches)
+        elif config.encode == WHOLE:
+            self.encoder = ChunkEncoder(parts.encoder)
         self.diagnostics: TTTDiagnostics | None = None
         if metrics is not None and config.ttt.enable and config.diagnostics.every_steps > 0:
             self.diagnostics = TTTDiagnostics(parts.model, every=0, sink=self.log_diagnostics)
@@ -176,9 +188,12 @@ class Trainer:
         totals = torch.stack([t.totals() for t in targets]).sum(0)
         totals = sum_over_processes(totals, self.process).clamp(min=1e-9)
         losses = torch.zeros(2, device=self.process.device)
+        root = self.parts.loss_model
         for slot, (batch, start, target) in enumerate(zip(batches, starts, targets, strict=True)):
+            reduce_gradients(root, self.config.fsdp.reduce_every_microbatch or slot == len(batches) - 1)
             losses += self._backward_one(slot, batch, start, target, totals)
-        sum_gradients(self.optimizer.parameters, self.process)
+        if self.parts.sharded is None:
+            sum_gradients(self.optimizer.parameters, self.process)
         return sum_over_processes(losses, self.process)
 
     def _start_of(self, slot: int, batch: Batch) -> CarriedState | None:
@@ -198,13 +213,11 @@ class Trainer:
         targets: WeightedTargets,
         totals: torch.Tensor,
     ) -> torch.Tensor:
-        if self.carried is None:
-            losses = loss_sums(self.parts.model(batch.codes), targets) / totals.float()
-            losses.sum().backward()
-        else:
-            output, after = forward_chunk(self.parts.model, batch.codes, start)
-            losses = loss_sums(output, targets) / totals.float()
-            losses.sum().backward()
+        sums, after = self.parts.loss_model(batch.codes, targets, start)
+        losses = sums / totals.float()
+        losses.sum().backward()
+        if self.carried is not None:
+            assert after is not None
             self.carried.keep(slot, after)
         return losses.detach()
 
@@ -242,9 +255,9 @@ class Trainer:
         if parts.valid_clips:
             rest = (parts.valid_clips, config.batch_size, self.weights, self.process)
             if self.valid_chunks is None:
-                values = validation_loss(parts.model, parts.encoder, *rest)
+                values = validation_loss(parts.loss_model, self.encoder, *rest)
             else:
-                values = carried_validation_loss(parts.model, self.valid_chunks, *rest)
+                values = carried_validation_loss(parts.loss_model, self.valid_chunks, *rest)
         if self.metrics is not None and values:
             self.metrics.log(self.step, "valid", values)
             logger.info(
@@ -253,27 +266,40 @@ class Trainer:
                 values["loss"],
                 len(parts.valid_clips),
             )
-        if self.metrics is not None and parts.prompt is not None:
-            stem = self.run_dir / "answers" / f"step_{self.step:06d}"
-            result = answer_prompt(
-                parts.model, parts.mimi, parts.tokenizer, parts.prompt, config.eval.seed, stem
-            )
-            self.metrics.log_answer(self.step, result.audio, parts.mimi.sample_rate, result.text)
-            logger.info("step %d answer: %s (%s.wav)", self.step, result.text or "(no words)", stem)
+        reshard(parts.loss_model)
+        if parts.prompt is not None:
+            self._answer(parts.prompt)
         wait_for_all(self.process)
         return values
 
+    def _answer(self, prompt: torch.Tensor) -> None:
+        """Let the model answer the prompt, on the main process."""
+        parts = self.parts
+        model: LMModel | None = parts.model
+        if parts.sharded is not None:
+            model = whole_copy(parts.sharded, self.process)
+        if self.metrics is None:
+            return
+        assert model is not None
+        stem = self.run_dir / "answers" / f"step_{self.step:06d}"
+        result = answer_prompt(model, parts.mimi, parts.tokenizer, prompt, self.config.eval.seed, stem)
+        self.metrics.log_answer(self.step, result.audio, parts.mimi.sample_rate, result.text)
+        logger.info("step %d answer: %s (%s.wav)", self.step, result.text or "(no words)", stem)
+
     def save(self) -> None:
         """Write a checkpoint."""
+        parts = self.parts
+        weights = weight_files(parts.model, parts.save_base, collect=self.process.is_main)
         if self.process.is_main:
             folder = save_checkpoint(
                 self.run_dir,
                 self.step,
-                self.parts.model,
+                parts.model,
                 to_plain(self.config),
-                self.parts.base,
-                self.parts.save_base,
+                parts.base,
+                parts.save_base,
                 self.config.checkpoint.keep,
+                weights,
             )
             logger.info("saved %s", folder)
         wait_for_all(self.process)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import sentencepiece
 import torch
@@ -13,11 +14,13 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
 from finetune.data.chunks import ChunkEncoder, by_recording
-from finetune.data.clips import Clip, ClipEncoder
+from finetune.data.clips import Clip, Encoder
 from finetune.distributed import Process, sum_over_processes
-from finetune.loss import LossWeights, loss_sums, weighted_chunk_targets, weighted_targets
+from finetune.loss import LossModel, LossWeights, weighted_chunk_targets, weighted_targets
 from inference.stream import Answer, Sampling, answer, write_wav
-from moshi_ttt.carried import forward_chunk, fresh_state
+from moshi_ttt.carried import fresh_state
+
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -31,8 +34,8 @@ def evaluation_mode(model: LMModel) -> Iterator[None]:
 
 
 def validation_loss(
-    model: LMModel,
-    encoder: ClipEncoder,
+    model: LossModel,
+    encoder: Encoder,
     clips: Sequence[Clip],
     batch_size: int,
     weights: LossWeights,
@@ -44,18 +47,19 @@ def validation_loss(
         loss, text_loss, audio_loss in nats (weighted means over all targets) and perplexity = exp(loss).
     """
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)
-    mine = clips[process.rank :: process.world_size]
-    with evaluation_mode(model):
-        for start in range(0, len(mine), batch_size):
-            codes = encoder.encode(mine[start : start + batch_size]).codes
-            targets = weighted_targets(model, codes, weights)
-            sums[:2] += loss_sums(model(codes), targets).double()
+    with evaluation_mode(model.lm):
+        for whole in _rounds(clips, batch_size, process):
+            mine = whole[process.rank :: process.world_size]
+            codes = encoder.encode(mine or whole[:1]).codes
+            idle = torch.full((codes.shape[0],), not mine, device=codes.device)
+            targets = weighted_targets(model.lm, codes, weights).without(idle)
+            sums[:2] += model(codes, targets)[0].double()
             sums[2:] += targets.totals()
     return _means(sums, process)
 
 
 def carried_validation_loss(
-    model: LMModel,
+    model: LossModel,
     encoder: ChunkEncoder,
     clips: Sequence[Clip],
     batch_size: int,
@@ -67,20 +71,31 @@ def carried_validation_loss(
     The states are this measurement's own: those of the rows in training stay as they are.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)
-    mine = by_recording(clips)[process.rank :: process.world_size]
-    with evaluation_mode(model):
-        for start in range(0, len(mine), batch_size):
-            rows = mine[start : start + batch_size]
-            carried = fresh_state(model, len(rows))
-            for step in range(max(map(len, rows))):
+    with evaluation_mode(model.lm):
+        for whole in _rounds(by_recording(clips), batch_size, process):
+            mine = whole[process.rank :: process.world_size]
+            rows = mine or whole[:1]
+            carried = fresh_state(model.lm, len(rows))
+            for step in range(max(map(len, whole))):
                 # The row of a recording that has ended gets its last chunk again, which counts for nothing.
                 codes = encoder.encode([row[min(step, len(row) - 1)] for row in rows]).codes
-                ended = torch.tensor([step >= len(row) for row in rows], device=codes.device)
-                targets = weighted_chunk_targets(model, codes, carried, weights).without(ended)
-                output, carried = forward_chunk(model, codes, carried)
-                sums[:2] += loss_sums(output, targets).double()
+                ended = torch.tensor([not mine or step >= len(row) for row in rows], device=codes.device)
+                targets = weighted_chunk_targets(model.lm, codes, carried, weights).without(ended)
+                losses, carried = model(codes, targets, carried)
+                sums[:2] += losses.double()
                 sums[2:] += targets.totals()
     return _means(sums, process)
+
+
+def _rounds(items: Sequence[Item], batch_size: int, process: Process) -> Iterator[Sequence[Item]]:
+    """What all processes work on at a time, dealt out one by one.
+
+    All have as many forward passes, since a sharded model needs every process in each: one that gets nothing
+    repeats an item that does not count.
+    """
+    step = batch_size * process.world_size
+    for start in range(0, len(items), step):
+        yield items[start : start + step]
 
 
 def _means(sums: torch.Tensor, process: Process) -> dict[str, float]:

@@ -230,8 +230,8 @@ def _layer_chunk(
         inner = None
         if hybrid:
             assert carried.inner is not None
-            start = layer.seq_modeling_block.ttt_layer.ttt.start_weights(carried.inner, position == 0)
-            x, inner = layer.seq_modeling_block.forward_from(x.to(update), update, start)
+            block = layer.seq_modeling_block
+            x, inner = block.forward_from(x.to(update), update, carried.inner, position == 0)
             inner = inner.detach()
         else:
             x = x.to(update) + update

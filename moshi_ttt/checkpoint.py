@@ -33,6 +33,7 @@ from moshi_ttt.digest import sha256
 from moshi_ttt.integration import live_contexts, ttt_layers, verify_contexts, verify_ttt_layers
 from moshi_ttt.loading import base_fingerprint, find_base
 from moshi_ttt.parameters import named_groups
+from moshi_ttt.whole import whole
 
 FORMAT_VERSION = 1
 MANIFEST = "checkpoint.json"
@@ -111,6 +112,7 @@ def save_checkpoint(
     base: CheckpointInfo,
     save_base: bool,
     keep: int | None = None,
+    weights: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> Path:
     """Write a checkpoint, then delete the oldest but `keep`.
 
@@ -122,6 +124,7 @@ def save_checkpoint(
         base: the base model that `model` was built on.
         save_base: also write all base weights, because they differ from the base model's.
         keep: how many checkpoints to keep; None keeps all.
+        weights: what `weight_files` gathered of a model whose parameters are split over processes.
     Returns:
         The consolidated folder.
     """
@@ -135,7 +138,7 @@ def save_checkpoint(
     folder.mkdir(parents=True)
     _write_json(folder / TRAINING_CONFIG, training_config)
     _write_json(folder / MOSHI_CONFIG, moshi_config(model, training_config, base))
-    for name, tensors in weight_files(model, save_base).items():
+    for name, tensors in (weight_files(model, save_base) if weights is None else weights).items():
         save_file(tensors, folder / name)
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
     source = training_config["model"]
@@ -160,24 +163,29 @@ def save_checkpoint(
     return final / "consolidated"
 
 
-def weight_files(model: LMModel, save_base: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """Tensors of each weight file of a checkpoint of `model`, on the CPU."""
-    ttt, lora, base = {}, {}, {}
+def weight_files(model: LMModel, save_base: bool, collect: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of each weight file of a checkpoint of `model`, on the CPU.
+
+    Args:
+        save_base: also the base weights.
+        collect: false in processes that only take part in gathering parameters split over processes, which
+            goes tensor by tensor: they get no files.
+    """
+    files: dict[str, dict[str, torch.Tensor]] = {TTT_WEIGHTS: {}, LORA_WEIGHTS: {}, BASE_WEIGHTS: {}}
     for group, name, parameter in named_groups(model):
-        tensor = parameter.detach()
         if group in ("ttt", "gate"):
-            ttt[name] = tensor
+            file = TTT_WEIGHTS
         elif group == "lora":
-            lora[moshi_name(name)] = tensor
+            file, name = LORA_WEIGHTS, moshi_name(name)
         elif save_base:
             # A LoRALinear keeps the base weight as frozen_W; Moshi knows it as the linear's own.
-            base[moshi_name(name).replace(".frozen_W.", ".")] = tensor
-    files = {TTT_WEIGHTS: ttt, LORA_WEIGHTS: lora, BASE_WEIGHTS: base}
-    return {
-        file: {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
-        for file, tensors in files.items()
-        if tensors
-    }
+            file, name = BASE_WEIGHTS, moshi_name(name).replace(".frozen_W.", ".")
+        else:
+            continue
+        tensor = whole(parameter.detach())
+        if collect:
+            files[file][name] = tensor.cpu().clone().contiguous()
+    return {file: tensors for file, tensors in files.items() if tensors}
 
 
 def moshi_config(model: LMModel, training_config: dict[str, Any], base: CheckpointInfo) -> dict[str, Any]:

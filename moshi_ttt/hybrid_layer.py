@@ -93,10 +93,15 @@ class HybridSeqModelingBlock(nn.Module):
         return self.gate(x, update, self.ttt_layer(self.norm(x + update)))
 
     def forward_from(
-        self, x: torch.Tensor, update: torch.Tensor, start: InnerWeights
+        self, x: torch.Tensor, update: torch.Tensor, carried: InnerWeights, fresh: torch.Tensor
     ) -> tuple[torch.Tensor, InnerWeights]:
-        """`forward` with inner weights that begin as `start`; also returns those after the last token."""
-        ttt_out, end = self.ttt_layer.ttt.forward_from(self.norm(x + update), start)
+        """`forward` from `carried` inner weights, or the learned ones in rows where `fresh` `[B]` is true.
+
+        Also returns the inner weights after the last token. The learned weights are read in here, and not by
+        the caller: where they are split over processes, they are whole only while this runs.
+        """
+        ttt = self.ttt_layer.ttt
+        ttt_out, end = ttt.forward_from(self.norm(x + update), ttt.start_weights(carried, fresh))
         return self.gate(x, update, ttt_out), end
 
 

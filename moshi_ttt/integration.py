@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from moshi_ttt.config import TTTConfig, ttt_layer_indices
 from moshi_ttt.hybrid_layer import HybridStreamingTransformerLayer
 from moshi_ttt.streaming import refuse_large_chunks
+from moshi_ttt.whole import whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def temporal_attentions(model: LMModel) -> Iterator[tuple[int, bool, StreamingMu
             )
 
 
-def apply_ttt_to_model(model: LMModel, config: TTTConfig) -> LMModel:
+def apply_ttt_to_model(model: LMModel, config: TTTConfig, device: torch.device | None = None) -> LMModel:
     """Turn the layers that `config` names into hybrid layers, in place, and set the attention contexts.
 
     Only the temporal transformer is touched. New parameters get the device and dtype of the model, but for
@@ -51,6 +53,7 @@ def apply_ttt_to_model(model: LMModel, config: TTTConfig) -> LMModel:
     Args:
         model (LMModel): a Moshi that has not streamed yet: streaming remembers the modules it found.
         config (TTTConfig): settings.
+        device: where to put the new parameters, if not where the model's are. On meta they get no numbers.
     Returns:
         The same model.
     Raises:
@@ -73,8 +76,10 @@ def apply_ttt_to_model(model: LMModel, config: TTTConfig) -> LMModel:
         assert isinstance(original, StreamingTransformerLayer)
         if original.skip_self_attn:
             raise ValueError(f"temporal layer {index} has no self-attention to put a TTT layer behind")
-        hybrid = HybridStreamingTransformerLayer(original, config, index)
-        hybrid.seq_modeling_block.to(device=model.device, dtype=model.dtype)
+        target = model.device if device is None else device
+        with torch.device("meta") if target.type == "meta" else nullcontext():
+            hybrid = HybridStreamingTransformerLayer(original, config, index)
+        hybrid.seq_modeling_block.to(device=target, dtype=model.dtype)
         hybrid.train(original.training)
         model.transformer.layers[index] = hybrid
     verify_ttt_layers(model, config)
@@ -205,6 +210,7 @@ def live_settings(model: LMModel) -> dict[str, Any]:
 def describe(model: LMModel) -> str:
     """A table of every temporal layer: kind, live context, TTT depth and settings, gate, parameters.
 
+    Where parameters are split over processes, all must call this.
     depth: linear layers of the inner network. TTT: heads x widths of the inner network, mini-batch size and
     inner learning rate. gate: its kind and the mean weight that it gives to the TTT output.
     """
@@ -240,5 +246,5 @@ def _ttt_columns(layer: nn.Module) -> tuple[str, str, str]:
     return (
         str(len(ttt.inner_weights)),
         f"{ttt.num_heads} x {dims}, K {ttt.mini_batch_size}, lr {ttt.base_lr:g}",
-        f"{kind} {gate.ttt_weight().mean().item():.3f}",
+        f"{kind} {whole(gate.ttt_weight().mean()).item():.3f}",
     )

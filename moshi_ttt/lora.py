@@ -38,12 +38,13 @@ def lora_modules(model: nn.Module) -> list[tuple[str, LoRALinear]]:
 
 
 @torch.no_grad()
-def apply_lora_to_model(model: LMModel, config: LoRAConfig) -> LMModel:
+def apply_lora_to_model(model: LMModel, config: LoRAConfig, device: torch.device | None = None) -> LMModel:
     """Wrap the linear layers of a plain Moshi, in place. The update starts as 0 (B = 0).
 
     Args:
         model (LMModel): a Moshi without TTT layers: LoRA comes first, so that it can never wrap them.
         config (LoRAConfig): rank and scaling.
+        device: where to put the factors, if not where the model's weights are. On meta they get no numbers.
     Raises:
         ValueError: settings that cannot work, or a model that has TTT or LoRA already.
     """
@@ -52,7 +53,7 @@ def apply_lora_to_model(model: LMModel, config: LoRAConfig) -> LMModel:
         raise ValueError("apply LoRA before TTT: it must not wrap the layers of TTT")
     if lora_modules(model):
         raise ValueError("this model has LoRA already")
-    replace_all_linear_with_lora(model, config.rank, config.scaling)
+    replace_all_linear_with_lora(model, config.rank, config.scaling, device=device)
     for _, module in lora_modules(model):
         nn.init.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(module.lora_B.weight)

@@ -6,6 +6,7 @@ made on one thread, so the same torch release on the same kind of processor make
 
 import json
 import math
+import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -129,7 +130,7 @@ def tiny_model_folder() -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp.tiny."))
-        write_tiny_model(temporary)
+        _write_alone(temporary)
         try:
             temporary.rename(folder)
         except OSError:  # another process was faster; its files are the same
@@ -137,6 +138,22 @@ def tiny_model_folder() -> Path:
             if not folder.is_dir():
                 raise
     return folder
+
+
+def _write_alone(folder: Path) -> None:
+    """Write the model, in a process of its own where this one is in a process group.
+
+    Moshi's k-means gathers from all processes of a group: the files would depend on their number, and those who
+    make them would wait for those who find them made.
+    """
+    if not torch.distributed.is_initialized():
+        write_tiny_model(folder)
+        return
+    process = multiprocessing.get_context("spawn").Process(target=write_tiny_model, args=(folder,))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the tiny model could not be written: exit code {process.exitcode}, see above")
 
 
 def write_tiny_model(folder: Path) -> None:

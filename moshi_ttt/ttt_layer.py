@@ -198,9 +198,9 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
     def blank_weights(self, batch_size: int) -> InnerWeights:
         """Zeros in the shapes of `initial_weights`: the carried weights of rows that have seen nothing."""
 
-        def blank(parameter: nn.Parameter) -> torch.Tensor:
-            heads, *shape = parameter.shape
-            return parameter.detach().new_zeros(batch_size * heads, *shape)
+        def blank(p: nn.Parameter) -> torch.Tensor:  # plain, where new_zeros of a sharded one is sharded
+            heads, *shape = p.shape
+            return torch.zeros(batch_size * heads, *shape, dtype=p.dtype, device=p.device)
 
         return InnerWeights(tuple(map(blank, self.inner_weights)), tuple(map(blank, self.inner_biases)))
 

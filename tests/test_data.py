@@ -9,7 +9,8 @@ import sphn
 import torch
 from training import SAMPLE, dialogue, write_recording
 
-from finetune.data.clips import Clip, ClipEncoder, clip_order, cut_clips, training_batches
+from finetune.data.batches import training_batches
+from finetune.data.clips import Clip, ClipEncoder, cut_clips
 from finetune.data.interleaver import (
     TextLayout,
     TextTokens,
@@ -19,6 +20,7 @@ from finetune.data.interleaver import (
     words_in_clip,
 )
 from finetune.data.manifest import Recording, Word, read_manifest
+from finetune.data.order import clip_order
 from moshi_ttt.loading import load_mimi, load_tokenizer
 
 P, E, Z = 3, 0, -1  # padding, end of padding, no target

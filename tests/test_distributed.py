@@ -61,9 +61,10 @@ def test_weights_are_those_of_one_process(runs):
         single, shared = load_file(one / path), load_file(two / path)
         assert single.keys() == shared.keys()
         for key, tensor in single.items():
-            # Adam turns the rounding of a tiny gradient into a part of a step (1e-3), in a few elements.
+            # Adam turns the rounding of a tiny gradient into a part of a step (1e-3), in a few elements. What
+            # gradients and plain SGD differ by is held in test_sharding.py.
             torch.testing.assert_close(shared[key], tensor, rtol=0, atol=1e-4)
-            assert (shared[key] - tensor).abs().mean() <= 1e-6
+            assert (shared[key] - tensor).abs().mean() <= 1e-5
             if ".lora_B." in key:  # which started as 0
                 assert tensor.abs().max() > 1e-4
 

@@ -21,10 +21,12 @@ from training import (
     write_prompt,
 )
 
-from finetune.data.chunks import ChunkEncoder, by_recording, chunk_batches, chunk_order
+from finetune.data.batches import chunk_batches
+from finetune.data.chunks import ChunkEncoder, by_recording
 from finetune.data.clips import cut_clips
 from finetune.data.interleaver import text_stream
 from finetune.data.manifest import read_manifest
+from finetune.data.order import chunk_order
 from finetune.loss import LossWeights, loss_sums, weighted_targets
 from finetune.run_dir import Metrics
 from finetune.train import ClipSource, build_parts, make_batches
@@ -275,7 +277,9 @@ def test_the_validation_loss_is_that_of_whole_recordings(tmp_path, recordings):
             sums[2:] += targets.totals()
     expected = (sums[:2] / sums[2:]).tolist()
     for batch_size in (1, 3):
-        measured = carried_validation_loss(parts.model, encoder, parts.valid_clips, batch_size, weights, CPU)
+        measured = carried_validation_loss(
+            parts.loss_model, encoder, parts.valid_clips, batch_size, weights, CPU
+        )
         assert [measured["text_loss"], measured["audio_loss"]] == pytest.approx(expected, abs=1e-5)
 
 

@@ -152,9 +152,21 @@ def test_micro_batches_cost_compute_and_at_most_the_gradients():
     assert one.step_peak < two.step_peak == four.step_peak <= one.step_peak + 4 * one.trainable
 
 
-def test_gpus_share_the_data_and_not_the_model():
-    one, eight = plan(), plan(gpus=8)
-    assert eight == dataclasses.replace(one, frames_per_step=8 * one.frames_per_step)
+def test_gpus_share_the_data_and_the_model():
+    one, whole, eight, hybrid = (
+        plan(gpus=1),
+        plan("fsdp.shard=none", gpus=8),
+        plan(gpus=8),
+        plan("fsdp.shard=hybrid", "fsdp.replicate=4", gpus=8),
+    )
+    assert whole == dataclasses.replace(one, frames_per_step=8 * one.frames_per_step)
+    for shards, split in ((8, eight), (2, hybrid)):
+        assert 0 <= shards * split.weights - one.weights < shards
+        assert 0 <= shards * split.optimizer - one.optimizer < shards
+        # A layer of the tiny model and its embeddings are the largest of 15 units.
+        assert one.weights / 15 < split.gathered < one.weights
+        rest = {"weights": 0, "optimizer": 0, "gathered": 0}
+        assert dataclasses.replace(split, **rest) == dataclasses.replace(whole, **rest)
 
 
 def test_what_does_not_train_needs_no_optimizer():
@@ -197,6 +209,8 @@ def test_a_plan_says_what_it_assumes():
     assert "16.5 h for 3,600 steps" in text
     assert "100 h of audio" in text
     assert "4.00 GiB: 3 kept checkpoints and one being written" in text
+    assert "The model is split over 2 GPUs." in text
+    assert "Every GPU holds the whole model." in plan_text(made_up(10), plan_config())
 
 
 def test_the_disk_is_that_of_the_checkpoints_there_will_be():

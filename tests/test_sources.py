@@ -15,8 +15,8 @@ from training import SAMPLE, dialogue, records, run, write_recording
 
 from finetune.data.audio import read_samples, user_samples
 from finetune.data.bad_input import BadInput
-from finetune.data.clips import clip_order
 from finetune.data.mixing import MixedOrder, mixed_order, per_recording
+from finetune.data.order import clip_order
 from finetune.data.recording import UserChannel
 from finetune.data.sources import SourceSettings, parse_places, read_sources
 

@@ -29,10 +29,11 @@ def test_every_setting_of_a_site_reaches_the_job(capsys):
         "nodes": "4", "gpus_per_node": "8", "cpus_per_task": "96", "mem": "0", "time": "1-00:00:00",
         "partition": "gpu", "account": "speech", "qos": "high", "constraint": "h100", "grace_sec": "300",
         "flags": "[--exclusive,'--reservation=ours']", "setup": "'module load cuda'",
-        "env": "{NCCL_DEBUG: WARN}", "python": "/opt/python", "log_dir": "/logs", "preflight": "false",
+        "python": "/opt/python", "log_dir": "/logs", "preflight": "false",
         "restarts": "2", "processes_per_node": "7",
     }  # fmt: skip
-    words = printed_by(capsys, "train", *(f"launch.{key}={value}" for key, value in site.items()), *RUN)
+    settings = [f"launch.{key}={value}" for key, value in site.items()]
+    words = printed_by(capsys, "train", *settings, "+launch.env.NCCL_DEBUG=WARN", *RUN)
     flags = [
         *("--nodes=4", "--gpus-per-node=8", "--cpus-per-task=96", "--mem=0", "--time=1-00:00:00"),
         *("--partition=gpu", "--account=speech", "--qos=high", "--constraint=h100", "--signal=B:USR1@300"),
@@ -44,7 +45,7 @@ def test_every_setting_of_a_site_reaches_the_job(capsys):
         *("MOSHI_TTT_PREFLIGHT=off", "MOSHI_TTT_RESTARTS=2", "MOSHI_TTT_SETUP=module load cuda"),
         "MOSHI_TTT_PROCESSES=7",
     ]
-    told = {*site, "array", "print_only"}  # `array` in the next test
+    told = {*site, "env", "array", "print_only"}  # `array` in the next test
     assert told == set(LaunchConfig.__dataclass_fields__)
 
 

@@ -105,7 +105,7 @@ def test_the_validation_loss_is_a_function_of_the_weights(tmp_path):
     parts = build_parts(config, clips, CPU)
     weights = LossWeights(100.0, 0.5)
     parts.model.train()
-    arguments = (parts.model, parts.encoder, clips)
+    arguments = (parts.loss_model, parts.encoder, clips)
     first = validation_loss(*arguments, 4, weights, CPU)
     assert parts.model.training  # as it was before
     assert validation_loss(*arguments, 4, weights, CPU) == first

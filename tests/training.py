@@ -17,7 +17,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from finetune.config import TrainConfig, to_typed
-from finetune.data.clips import Batch, cut_clips, training_batches
+from finetune.data.batches import training_batches
+from finetune.data.clips import Batch, cut_clips
 from finetune.data.manifest import read_manifest
 from finetune.distributed import Process
 from finetune.run_dir import Metrics, create_run_dir

@@ -17,7 +17,7 @@ from evaluation.nll_by_distance.recurrence import (
 )
 from finetune.data.chunks import ChunkEncoder
 from finetune.data.clips import ClipEncoder, cut_clips
-from finetune.data.interleaver import TextTokens, text_stream
+from finetune.data.interleaver import TextLayout, TextTokens, text_stream
 from finetune.data.manifest import Recording, Word
 
 BLOCK_SEC = 20.48  # recordings are taken from the encoder in pieces of this length
@@ -65,8 +65,8 @@ class SideReader:
         self.main_speaker = main_speaker
         self.keep_main_only = keep_main_only
         self.both_sides = both_sides
-        kept = main_speaker if keep_main_only else None
-        self.encoder = ChunkEncoder(ClipEncoder(mimi, tokenizer, special, BLOCK_SEC, kept))
+        layout = TextLayout(keep_main_only, main_speaker)
+        self.encoder = ChunkEncoder(ClipEncoder(mimi, tokenizer, special, BLOCK_SEC, layout))
 
     def read(self, index: int, recording: Recording) -> list[Side]:
         """The sides of a recording."""
@@ -74,7 +74,7 @@ class SideReader:
         codes = torch.cat(list(self.encoder.encode(clips).codes), dim=-1)
         codes = codes[:, : int((codes[1:] != self.special.zero).any(0).nonzero()[-1]) + 1]
         sides = [self._side(index, recording, self.main_speaker, codes)]
-        others = {word.speaker for word in recording.words} - {self.main_speaker}
+        others = {word.speaker for word in recording.words or ()} - {self.main_speaker}
         if not self.both_sides or not others:
             return sides
         if len(others) > 1:
@@ -91,16 +91,16 @@ class SideReader:
             self.frame_rate,
             self.tokenizer,
             self.special,
-            None,
+            TextLayout(keep_main_only=False),
         )
         return [*sides, self._side(index, recording, other, exchanged)]
 
     def _written(self, recording: Recording, speaker: str) -> Sequence[Word]:
         """The words that the text stream holds when a speaker is on Moshi's stream."""
-        return [w for w in recording.words if not self.keep_main_only or w.speaker == speaker]
+        return [w for w in recording.words or () if not self.keep_main_only or w.speaker == speaker]
 
     def _side(self, index: int, recording: Recording, speaker: str, codes: torch.Tensor) -> Side:
         words = self._written(recording, speaker)
         placed = placed_words(words, codes.shape[-1], self.frame_rate, self.tokenizer)
         refuse_misplaced(codes[0].cpu(), placed, self.special)
-        return Side(index, codes, occurrences(placed), turns(recording.words, speaker))
+        return Side(index, codes, occurrences(placed), turns(recording.words or (), speaker))

@@ -39,7 +39,7 @@ from evaluation.recall.probe_settings import Probe
 from evaluation.recall.probe_words import EpisodeMaker, Episodes, Speech, question_frames
 from finetune.data.chunks import ChunkEncoder
 from finetune.data.clips import ClipEncoder, cut_clips
-from finetune.data.interleaver import TextTokens
+from finetune.data.interleaver import TextLayout, TextTokens
 from finetune.data.manifest import Recording, read_manifest
 from inference.generate import choose_device
 from moshi_ttt.checkpoint import LoadedCheckpoint, load_checkpoint
@@ -106,15 +106,15 @@ def read_speech(
     data = loaded.config["data"]
     mimi, tokenizer = load_mimi(loaded.base, device), load_tokenizer(loaded.base)
     special = TextTokens.of(loaded.model)
-    speaker = data["main_speaker"] if data["keep_main_only"] else None
-    encoder = ChunkEncoder(ClipEncoder(mimi, tokenizer, special, _ENCODED_AT_ONCE_SEC, speaker))
+    layout = TextLayout.of(data)
+    encoder = ChunkEncoder(ClipEncoder(mimi, tokenizer, special, _ENCODED_AT_ONCE_SEC, layout))
     speeches = []
     for recording in tqdm(recordings, desc="encoding", unit="file", disable=None, leave=False):
         chunks = encoder.encode(cut_clips([recording], _ENCODED_AT_ONCE_SEC)).codes
         codes = chunks.transpose(0, 1).flatten(1).cpu()
         codes = codes[:, (codes[1:] != special.zero).all(0)]
         # Only the main speaker is on Moshi's stream, whoever's words are in its text.
-        words = [w for w in recording.words if w.speaker == data["main_speaker"] and w.end > w.start]
+        words = [w for w in recording.words or () if w.speaker == data["main_speaker"] and w.end > w.start]
         starts = tuple(sorted({int(word.start * mimi.frame_rate) for word in words}))
         speeches.append(Speech(str(recording.path), codes, starts))
     return speeches, silent_codes(mimi)

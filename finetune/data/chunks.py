@@ -1,23 +1,21 @@
-"""Recordings as chunks that follow each other, one recording at a time in each row of a batch."""
+"""Recordings as chunks that follow each other: slices of the codes of the whole recording."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
 
 from finetune.data.audio import read_samples
-from finetune.data.clips import Batch, Clip, ClipEncoder, clip_order
-from finetune.data.interleaver import text_stream
-from finetune.data.mixing import MixedOrder
-from finetune.data.recording import Recording
-from moshi_ttt.streaming import encoding
+from finetune.data.clips import Batch, Clip, ClipEncoder, PreparedClips, clip_at, count_clips
+from finetune.data.codec import encode_whole
+from finetune.data.interleaver import text_slice
+from finetune.data.joined import Joined
+from finetune.data.prepared import PreparedRecording
+from finetune.data.recording import Recording, Word
 
 # Codes of an hour are 1.5 MB.
 REMEMBERED_RECORDINGS = 1024
-# Audio given to the codec at once, 10 s. Not the length of a chunk: codes must not depend on it.
-BLOCK_FRAMES = 125
 
 
 class ChunkEncoder:
@@ -34,95 +32,90 @@ class ChunkEncoder:
         self.num_frames = round(clips.duration_sec * clips.mimi.frame_rate)
         self._remembered = lru_cache(maxsize=REMEMBERED_RECORDINGS)(self._encode_recording)
 
-    def encode(self, chunks: Sequence[Clip]) -> Batch:
+    def encode(self, clips: Sequence[Clip]) -> Batch:
         """Codes of some chunks, `[B, 17, T]`: text, Moshi's codebooks, the user's. Missing frames are -1."""
-        codes = torch.stack([self._chunk(chunk) for chunk in chunks])
-        return Batch(codes.to(self.clips.device, torch.long), list(chunks))
+        codes = torch.stack([self._chunk(clip) for clip in clips])
+        return Batch(codes.to(self.clips.device, torch.long), list(clips))
 
     def _chunk(self, chunk: Clip) -> torch.Tensor:
-        length = self.num_frames
-        start = round(chunk.start_sec / self.clips.duration_sec) * length
-        codes = self._remembered(chunk.recording)[:, start : start + length]
-        return F.pad(codes, (0, length - codes.shape[1]), value=self.clips.special.zero)
-
-    @torch.no_grad()
-    def _encode_recording(self, recording: Recording) -> torch.Tensor:
-        """Codes of a whole recording in 16 bits, `[17, N]`."""
-        clips, mimi = self.clips, self.clips.mimi
+        """Text and codes of one chunk, `[17, T]` in 16 bits."""
+        clips, length = self.clips, self.num_frames
+        start = round(chunk.start_sec / clips.duration_sec) * length
         try:
-            samples = read_samples(recording, mimi.sample_rate)
-            words = recording.words if recording.words is None else tuple(recording.words)
+            codes, total = self._codes(chunk.recording, start)
+            text = self._text(chunk.recording.words, start, start + codes.shape[1], total)
         except ValueError as error:
-            clips.bad_input.lose(str(recording.path), error)
-            return clips.no_targets(0)
-        audio = torch.from_numpy(samples)[:, None]
-        frames = math.ceil(audio.shape[-1] / mimi.frame_size)
-        block = BLOCK_FRAMES * mimi.frame_size
-        audio = F.pad(audio, (0, -audio.shape[-1] % block))
-        with encoding(mimi, audio.shape[0], BLOCK_FRAMES):
-            codes = torch.cat([mimi.encode(part.to(clips.device)) for part in audio.split(block, -1)], dim=-1)
-        text = text_stream(words, frames, mimi.frame_rate, clips.tokenizer, clips.special, clips.layout)
-        return torch.cat((text[None], codes[..., :frames].flatten(0, 1).cpu())).to(torch.int16)
+            clips.bad_input.lose(str(chunk.recording.path), error)
+            return clips.no_targets(length)
+        streams = torch.cat((text[None].to(torch.int16), codes))
+        return F.pad(streams, (0, length - streams.shape[1]), value=clips.special.zero)
+
+    def _text(self, words: Sequence[Word] | None, first: int, stop: int, total: int) -> torch.Tensor:
+        """Text stream of some frames of a recording of `total`."""
+        clips = self.clips
+        return text_slice(
+            words, first, stop, total, clips.mimi.frame_rate, clips.tokenizer, clips.special, clips.layout
+        )
+
+    def _codes(self, recording: Recording | PreparedRecording, start: int) -> tuple[torch.Tensor, int]:
+        """Codes `[16, T]` of a chunk, and how many frames its recording has."""
+        stop = start + self.num_frames
+        if isinstance(recording, PreparedRecording):
+            return recording.codes(start, stop), recording.num_frames
+        whole = self._remembered(recording)
+        return whole[:, start:stop], whole.shape[1]
+
+    def _encode_recording(self, recording: Recording) -> torch.Tensor:
+        """Codes of a whole recording, `[16, N]` in 16 bits."""
+        mimi = self.clips.mimi
+        return encode_whole(mimi, [read_samples(recording, mimi.sample_rate)])[0]
 
 
-def by_recording(chunks: Sequence[Clip]) -> list[list[Clip]]:
-    """Chunks of recordings, in order, as one list for each recording."""
+class PreparedChunks(Sequence[Sequence[Clip]]):
+    """The chunks of each recording of a prepared folder, made when they are asked for.
+
+    Args:
+        clips: the folder and the length of a chunk.
+    """
+
+    def __init__(self, clips: PreparedClips):
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips.prepared)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        recording = self.clips.prepared.recording(range(len(self))[index])
+        return RecordingChunks(recording, self.clips.duration_sec)
+
+
+class RecordingChunks(Sequence[Clip]):
+    """The chunks of one recording."""
+
+    def __init__(self, recording: PreparedRecording, duration_sec: float):
+        self.recording, self.duration_sec = recording, duration_sec
+
+    def __len__(self) -> int:
+        return count_clips(self.recording.duration_sec, self.duration_sec)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        numbers = range(len(self))[index]
+        if isinstance(numbers, range):
+            return [clip_at(self.recording, number, self.duration_sec) for number in numbers]
+        return clip_at(self.recording, numbers, self.duration_sec)
+
+
+def by_recording(chunks: Sequence[Clip]) -> Sequence[Sequence[Clip]]:
+    """Chunks of recordings, in order, as one sequence for each recording."""
+    if isinstance(chunks, PreparedClips):
+        return PreparedChunks(chunks)
+    if isinstance(chunks, Joined):
+        return Joined([by_recording(part) for part in chunks.parts])
     recordings: list[list[Clip]] = []
     for chunk in chunks:
         if chunk.is_first:
             recordings.append([])
         recordings[-1].append(chunk)
     return recordings
-
-
-def chunk_order(
-    recordings: Sequence[Sequence[Clip]],
-    num_rows: int,
-    seed: int,
-    shuffle: bool,
-    mix: MixedOrder | None = None,
-) -> Iterator[list[Clip]]:
-    """The chunks of all rows, step by step without end.
-
-    Each row goes through a recording from its first chunk to its last, then takes the next recording of one
-    order that all rows share.
-
-    Args:
-        mix: the order of recordings of several sources; None draws from all of them alike.
-    """
-    order = clip_order(len(recordings), seed, shuffle) if mix is None else iter(mix)
-    rows = [iter(recordings[next(order)]) for _ in range(num_rows)]
-    while True:
-        step = []
-        for row in range(num_rows):
-            chunk = next(rows[row], None)
-            if chunk is None:
-                rows[row] = iter(recordings[next(order)])
-                chunk = next(rows[row])
-            step.append(chunk)
-        yield step
-
-
-def chunk_batches(
-    encoder: ChunkEncoder,
-    chunks: Sequence[Clip],
-    batch_size: int,
-    num_microbatches: int,
-    seed: int,
-    shuffle: bool,
-    rank: int,
-    world: int,
-    mix: MixedOrder | None = None,
-) -> Iterator[Batch]:
-    """Micro-batches without end: the i-th of every step continues the rows of the i-th of the step before.
-
-    Every process works out the rows of all of them, so none has to tell another where it is, and encodes its
-    own. The rows of a step are the same however they are spread over micro-batches and processes.
-    """
-    if not chunks:
-        raise ValueError("there are no recordings to train on")
-    num_rows = num_microbatches * world * batch_size
-    for rows in chunk_order(by_recording(chunks), num_rows, seed, shuffle, mix):
-        for slot in range(num_microbatches):
-            first = (slot * world + rank) * batch_size
-            yield encoder.encode(rows[first : first + batch_size])

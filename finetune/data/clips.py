@@ -1,9 +1,10 @@
 """Clips of recordings as codes: the text stream, Moshi's audio and the user's."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol, overload
 
 import numpy as np
 import sentencepiece
@@ -12,8 +13,9 @@ from moshi.models.compression import MimiModel
 
 from finetune.data.audio import read_samples
 from finetune.data.bad_input import BadInput
+from finetune.data.codec import encode_crop
 from finetune.data.interleaver import TextLayout, TextTokens, clip_text_stream, words_in_clip
-from finetune.data.mixing import MixedOrder
+from finetune.data.prepared import PreparedRecording, PreparedSet
 from finetune.data.recording import Recording
 
 # Encoding costs more than a small model's step. 100 s of codes are 42 kB, so this is at most 180 MB.
@@ -28,7 +30,7 @@ NO_CLIP_SEC = 1e-4
 class Clip:
     """`duration_sec` seconds of a recording from `start_sec`; the last clip of a recording is shorter."""
 
-    recording: Recording
+    recording: Recording | PreparedRecording
     start_sec: float
 
     @property
@@ -48,16 +50,76 @@ class Batch:
     clips: list[Clip]
 
 
-def cut_clips(recordings: Sequence[Recording], duration_sec: float) -> list[Clip]:
-    """All clips of the recordings, in order.
+class Encoder(Protocol):
+    """Makes codes of clips."""
+
+    def encode(self, clips: Sequence[Clip]) -> Batch:
+        """Codes of some clips: text, Moshi's codebooks, the user's."""
+        ...
+
+
+def count_clips(recorded_sec: float, duration_sec: float) -> int:
+    """How many clips cover a recording."""
+    return max(1, math.ceil((recorded_sec - NO_CLIP_SEC) / duration_sec))
+
+
+def clip_at(recording: Recording | PreparedRecording, number: int, duration_sec: float) -> Clip:
+    """A clip by its number.
 
     Starts are float32, as in the loader of moshi-finetune: one sample earlier has other codes.
     """
+    return Clip(recording, float(np.float32(number * duration_sec)))
+
+
+def cut_clips(recordings: Sequence[Recording], duration_sec: float) -> list[Clip]:
+    """All clips of the recordings, in order."""
     return [
-        Clip(recording, float(np.float32(index * duration_sec)))
+        clip_at(recording, number, duration_sec)
         for recording in recordings
-        for index in range(math.ceil((recording.duration_sec - NO_CLIP_SEC) / duration_sec))
+        for number in range(count_clips(recording.duration_sec, duration_sec))
     ]
+
+
+class PreparedClips(Sequence[Clip]):
+    """All clips of a prepared folder, in order. A clip is made when it is asked for: 8 bytes a recording.
+
+    Args:
+        prepared: the folder.
+        duration_sec: length of a clip.
+    """
+
+    def __init__(self, prepared: PreparedSet, duration_sec: float):
+        self.prepared = prepared
+        self.duration_sec = duration_sec
+        # `count_clips` of all, in one go.
+        counts = np.ceil((prepared.durations - NO_CLIP_SEC) / duration_sec).astype(np.int64)
+        self.ends = np.cumsum(np.maximum(counts, 1))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Clip: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Clip]: ...
+
+    def __getitem__(self, index: int | slice) -> Clip | list[Clip]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        recording = int(np.searchsorted(self.ends, position, side="right"))
+        before = int(self.ends[recording - 1]) if recording else 0
+        return clip_at(self.prepared.recording(recording), position - before, self.duration_sec)
+
+
+def crop_codes(mimi: MimiModel, clip: Clip, duration_sec: float) -> torch.Tensor:
+    """Codes `[16, T]` in 16 bits of a clip of audio by itself; the last of a recording is shorter."""
+    assert isinstance(clip.recording, Recording)
+    rate = mimi.sample_rate
+    audio = read_samples(clip.recording, rate, clip.start_sec, duration_sec)
+    remaining = round((clip.recording.duration_sec - clip.start_sec) * rate)
+    return encode_crop(mimi, audio[:, :remaining])[:, : math.ceil(duration_sec * mimi.frame_rate)]
 
 
 class ClipEncoder:
@@ -93,21 +155,29 @@ class ClipEncoder:
 
     def encode(self, clips: Sequence[Clip]) -> Batch:
         """Codes of some clips, `[B, 17, T]`: text, Moshi's codebooks, the user's. Missing frames are -1."""
-        codes = torch.stack([self._remembered(clip) for clip in clips])
+        codes = torch.stack([self._streams(clip) for clip in clips])
         return Batch(codes.to(self.device, torch.long), list(clips))
 
-    @torch.no_grad()
+    def _streams(self, clip: Clip) -> torch.Tensor:
+        # What lies in a shard is read faster than remembered, and needs no memory of this process.
+        prepared = isinstance(clip.recording, PreparedRecording)
+        return self._encode_one(clip) if prepared else self._remembered(clip)
+
+    def crop(self, clip: Clip) -> torch.Tensor:
+        """Codes of a clip by itself, `[16, T]` in 16 bits; the last of a recording is shorter."""
+        if isinstance(clip.recording, PreparedRecording):
+            return clip.recording.crop(round(clip.start_sec / self.duration_sec))
+        return crop_codes(self.mimi, clip, self.duration_sec)
+
     def _encode_one(self, clip: Clip) -> torch.Tensor:
-        """Codes of one clip, `[17, T]` in 16 bits: Moshi's vocabularies have at most 32,000 entries."""
+        """Text and codes of one clip, `[17, T]` in 16 bits."""
         recording = clip.recording
         try:
-            samples = read_samples(recording, self.mimi.sample_rate, clip.start_sec, self.duration_sec)
+            codes = self.crop(clip)
             words = words_in_clip(recording.words, clip.start_sec, self.duration_sec)
         except ValueError as error:
             self.bad_input.lose(str(recording.path), error)
             return self.no_targets(self.num_frames)
-        audio = torch.from_numpy(samples).to(self.device)
-        codes = self.mimi.encode(audio[:, None])[..., : self.num_frames]  # [2, 8, T]
         audio_frames = codes.shape[-1]
         missing = self.num_frames - audio_frames
         codes = torch.nn.functional.pad(codes, (0, missing), value=self.special.zero)
@@ -120,7 +190,7 @@ class ClipEncoder:
             self.special,
             self.layout,
         )
-        return torch.cat((text[None], codes.flatten(0, 1).cpu())).to(torch.int16)
+        return torch.cat((text[None].to(torch.int16), codes))
 
     def no_targets(self, num_frames: int) -> torch.Tensor:
         """Codes `[17, T]` from which nothing is learnt: what stands for a clip that cannot be read.
@@ -129,46 +199,3 @@ class ClipEncoder:
         """
         streams = 1 + 2 * self.mimi.num_codebooks
         return torch.full((streams, num_frames), self.special.zero, dtype=torch.int16)
-
-
-def clip_order(num_clips: int, seed: int, shuffle: bool, start: int = 0) -> Iterator[int]:
-    """Indices of clips without end: each epoch has every clip once, in an order drawn from seed and epoch.
-
-    Args:
-        start: how many indices have been drawn before.
-    """
-    epoch, offset = divmod(start, num_clips)
-    while True:
-        order = list(range(num_clips))
-        if shuffle:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(num_clips, generator=generator).tolist()
-        yield from order[offset:]
-        epoch, offset = epoch + 1, 0
-
-
-def training_batches(
-    encoder: ClipEncoder,
-    clips: Sequence[Clip],
-    batch_size: int,
-    seed: int,
-    shuffle: bool,
-    rank: int,
-    world: int,
-    mix: MixedOrder | None = None,
-) -> Iterator[Batch]:
-    """Batches without end. Process r of w gets clips r, r + w, ... of one global order.
-
-    Args:
-        mix: the order of clips of several sources; None draws from all of them alike.
-    """
-    if not clips:
-        raise ValueError("there are no clips to train on")
-    mine: list[Clip] = []
-    order = clip_order(len(clips), seed, shuffle) if mix is None else iter(mix)
-    for position, index in enumerate(order):
-        if position % world == rank:
-            mine.append(clips[index])
-        if len(mine) == batch_size:
-            yield encoder.encode(mine)
-            mine = []

@@ -4,6 +4,7 @@ Its options have its meanings: on the same words the streams are the same, token
 """
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -59,6 +60,16 @@ class TextLayout:
     audio_delay_sec: float = 0.0
     in_word_padding: int | None = None
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether the text of a frame can depend on more than the word that was begun last."""
+        return (
+            self.use_bos_eos
+            or self.keep_and_shift
+            or self.audio_delay_sec != 0
+            or self.in_word_padding is not None
+        )
+
     @staticmethod
     def of(settings: Mapping[str, Any]) -> "TextLayout":
         """The layout among the data settings of a config. Checkpoints may be older than a setting."""
@@ -90,14 +101,22 @@ def tokenize(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list
 
 
 def words_in_clip(words: Sequence[Word] | None, start_sec: float, duration_sec: float) -> list[Word] | None:
-    """Words that start inside a clip, with times relative to its start; None where there is no transcript."""
+    """Words that start inside a clip, with times relative to its start; None where there is no transcript.
+
+    `words` are in order.
+    """
     if words is None:
         return None
+    first = bisect_left(words, start_sec, key=_start)
+    last = bisect_left(words, start_sec + duration_sec, lo=first, key=_start)
     return [
         Word(word.text, word.start - start_sec, word.end - start_sec, word.speaker)
-        for word in words
-        if start_sec <= word.start < start_sec + duration_sec
+        for word in words[first:last]
     ]
+
+
+def _start(word: Word) -> float:
+    return word.start
 
 
 def _tokens_of_words(
@@ -163,6 +182,55 @@ def text_stream(
         without = min(int(frame_rate * -layout.audio_delay_sec), num_frames)
         tokens[:without] = [special.zero] * without
     return torch.tensor(tokens, dtype=torch.long)
+
+
+def text_slice(
+    words: Sequence[Word] | None,
+    first: int,
+    stop: int,
+    num_frames: int,
+    frame_rate: float,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    special: TextTokens,
+    layout: TextLayout,
+) -> torch.Tensor:
+    """Frames `first` to `stop` of `text_stream` of a whole recording of `num_frames`, `[stop - first]`.
+
+    Where only the last word that began before the slice can reach in, this takes as long as the slice does,
+    wherever it lies.
+    """
+    assert 0 <= first <= stop <= num_frames
+    if words is None or layout.looks_back:
+        whole = text_stream(words, num_frames, frame_rate, tokenizer, special, layout)
+        return whole[first:stop]
+    main_speaker = layout.main_speaker if layout.keep_main_only else None
+
+    def position(word: Word) -> float:
+        return word.start * frame_rate
+
+    def kept(word: Word) -> bool:
+        return word.end > word.start and main_speaker in (None, word.speaker)
+
+    # A word in the frame behind the slice makes an end of padding of the slice's last frame.
+    seen = min(stop + 1, num_frames)
+    inside = bisect_left(words, first, key=position)
+    behind = bisect_left(words, seen, lo=inside, key=position)
+    pending: deque[int] = deque()
+    for index in reversed(range(inside)):
+        if kept(words[index]):
+            started = int(position(words[index]))
+            pending = deque(tokenize(tokenizer, words[index].text)[first - started :])
+            break
+    upcoming = deque(word for word in words[inside:behind] if kept(word))
+    tokens = [special.padding] * (seen - first)
+    for index in range(seen - first):
+        while upcoming and position(upcoming[0]) < first + index + 1:
+            pending = deque(tokenize(tokenizer, upcoming.popleft().text))
+        if pending:
+            if index > 0 and tokens[index - 1] == special.padding:
+                tokens[index - 1] = special.end_of_padding
+            tokens[index] = pending.popleft()
+    return torch.tensor(tokens[: stop - first], dtype=torch.long)
 
 
 def clip_text_stream(

@@ -5,34 +5,11 @@ from itertools import accumulate, count
 from operator import add
 
 import numpy as np
-import torch
+
+from finetune.data.order import EndlessOrder
 
 # Sources are drawn for so many positions at once.
 _BLOCK = 1 << 16
-
-
-class EndlessOrder:
-    """Indices at any position of an order without end, in which each epoch has every index once.
-
-    Args:
-        size: number of indices.
-        seed: of the orders of all epochs.
-        shuffle: False is 0, 1, 2, ... in every epoch.
-    """
-
-    def __init__(self, size: int, seed: int, shuffle: bool):
-        assert size > 0
-        self.size, self.seed, self.shuffle = size, seed, shuffle
-        self._epoch = -1
-
-    def __getitem__(self, position: int) -> int:
-        epoch, offset = divmod(position, self.size)
-        if not self.shuffle:
-            return offset
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator)
-        return int(self._order[offset])
 
 
 class MixedOrder:

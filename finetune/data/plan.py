@@ -1,0 +1,159 @@
+"""What a prepared folder will hold: which recordings are in which shard. Decided before anything is encoded.
+
+The plan depends on the list and the settings alone, not on who does how much of it, so the shards of any
+number of tasks and workers are those of one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.data.codec import BLOCK_FRAMES
+from finetune.data.manifest import Recording
+from finetune.data.prepared import FORMAT, PER_CLIP, PLAN, WHOLE
+from finetune.data.shard import write_atomically
+
+MAX_SHARD_HOURS = 1000.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the content of a prepared folder.
+
+    Args:
+        encode: "whole" or "per_clip".
+        duration_sec: length of a clip; None for whole.
+        shard_hours: audio after which a shard is full.
+        mimi_sha256: of Mimi's weights.
+        device: cpu or cuda, which round differently.
+        recordings, shards: how many.
+        list_sha256: of the recordings: names, sizes, times of change, words.
+        block_frames: frames that Mimi gets at once; None for per_clip.
+        format: of the folder.
+    """
+
+    encode: str
+    duration_sec: float | None
+    shard_hours: float
+    mimi_sha256: str
+    device: str
+    recordings: int
+    shards: int
+    list_sha256: str
+    block_frames: int | None
+    format: int = FORMAT
+
+    @property
+    def sha256(self) -> str:
+        """By which a shard knows its plan."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(
+    recordings: Sequence[Recording],
+    encode: str,
+    duration_sec: float,
+    shard_hours: float,
+    mimi_sha256: str,
+    device: str,
+) -> tuple[Plan, list[list[int]]]:
+    """The plan, and which recordings are in each shard: those that follow each other until it is full."""
+    if encode not in (WHOLE, PER_CLIP):
+        raise ValueError(f"data.encode must be {WHOLE} or {PER_CLIP}; got {encode!r}")
+    if not 0 < shard_hours <= MAX_SHARD_HOURS:
+        raise ValueError(f"shard_hours must be above 0 and at most {MAX_SHARD_HOURS:g}, got {shard_hours}")
+    if not duration_sec > 0:
+        raise ValueError(f"duration_sec must be above 0, got {duration_sec}")
+    shards: list[list[int]] = []
+    room = 0.0
+    for index, recording in enumerate(recordings):
+        if room <= 0:
+            shards.append([])
+            room = shard_hours * 3600
+        shards[-1].append(index)
+        room -= recording.duration_sec
+    whole = encode == WHOLE
+    plan = Plan(
+        encode,
+        None if whole else duration_sec,
+        shard_hours,
+        mimi_sha256,
+        device,
+        len(recordings),
+        len(shards),
+        list_digest(recordings),
+        BLOCK_FRAMES if whole else None,
+    )
+    return plan, shards
+
+
+def list_digest(recordings: Sequence[Recording]) -> str:
+    """SHA-256 of what is known of recordings without reading their audio."""
+    digest = hashlib.sha256()
+    for recording in recordings:
+        stat = recording.path.stat()
+        about = [recording.path.name, recording.duration_sec, stat.st_size, stat.st_mtime_ns]
+        digest.update(json.dumps(about).encode())
+        digest.update(words_digest(recording).encode())
+    return digest.hexdigest()
+
+
+def words_digest(recording: Recording) -> str:
+    """SHA-256 of a recording's words, and of all else that it says beside its audio."""
+    words = None if recording.words is None else tuple(recording.words)
+    about = {"words": words, "user": recording.user}
+    return hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()
+
+
+def claim(folder: Path, plan: Plan) -> None:
+    """Make the folder this plan's, or see that it is.
+
+    Raises:
+        ValueError: it holds, or is being filled with, something else.
+    """
+    path = folder / PLAN
+    if path.is_file():
+        refuse_other(path, plan)
+        return
+    if folder.exists() and any(not entry.name.startswith(".tmp.") for entry in folder.iterdir()):
+        raise ValueError(f"output {folder} holds something else; give an empty or a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(asdict(plan), indent=1) + "\n").encode())
+    refuse_other(path, plan)  # another task with other settings may have come in between
+
+
+def refuse_other(path: Path, plan: Plan) -> None:
+    """Raise ValueError if a plan that was written is not this one."""
+    written: dict[str, Any] = json.loads(path.read_text())
+    ours = asdict(plan)
+    names = sorted(name for name in ours.keys() | written.keys() if ours.get(name) != written.get(name))
+    if not names:
+        return
+    differing = "; ".join(f"{name} {written.get(name)} there, {ours.get(name)} here" for name in names)
+    raise ValueError(
+        f"{path.parent} was begun with other settings or recordings: {differing}. Give the same again, or "
+        "another output: codes of different settings do not mix"
+    )
+
+
+def array_position(index: int | None, number: int | None) -> tuple[int, int]:
+    """This task's place among those that share the work: the settings, else SLURM's array, else it is alone.
+
+    Raises:
+        ValueError: one of the two settings alone, or a place that there is not.
+    """
+    if (index is None) != (number is None):
+        raise ValueError(f"shard_index={index} and num_shards={number} belong together; give both or none")
+    if index is None or number is None:
+        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+        index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - first
+        number = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
+        step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+        index //= step
+    if not 0 <= index < number:
+        raise ValueError(f"shard_index must be 0 to num_shards - 1; got {index} of {number}")
+    return index, number
