@@ -143,8 +143,8 @@ def tiny_model_folder() -> Path:
 def _write_alone(folder: Path) -> None:
     """Write the model, in a process of its own where this one is in a process group.
 
-    Moshi's k-means gathers from all processes of a group: the files would depend on their number, and those who
-    make them would wait for those who find them made.
+    Moshi's k-means gathers from all processes of a group: the files would depend on their number, and those
+    who make them would wait for those who find them made.
     """
     if not torch.distributed.is_initialized():
         write_tiny_model(folder)

