@@ -4,10 +4,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -166,14 +169,33 @@ def sum_gradients(parameters: Sequence[nn.Parameter], process: Process) -> None:
         parameter.grad.copy_(total.view_as(parameter.grad))
 
 
+def share(value: Value, process: Process) -> Value:
+    """What the main process has, in every process."""
+    values = [value]
+    if process.world_size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value: Value, process: Process, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """What each process has, in every process.
+
+    Args:
+        group: of all processes, for a thread beside the one that trains: the two must not share a group.
+    """
+    if process.world_size == 1:
+        return [value]
+    values: list[Value] = [value] * process.world_size
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def agree(problem: str | None, process: Process) -> None:
     """Let every process know what the main process has found wrong, or that all is well.
 
     Raises:
         ValueError: the problem of the main process, in every process.
     """
-    message = [problem]
-    if process.world_size > 1:
-        dist.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise ValueError(message[0])
+    message = share(problem, process)
+    if message is not None:
+        raise ValueError(message)
