@@ -18,7 +18,7 @@ from finetune.data.clip_sources import ClipSource, joined, mixed, read_clip_sour
 from finetune.data.clips import Clip, ClipEncoder, Encoder, PreparedClips
 from finetune.data.interleaver import TextTokens
 from finetune.data.prepared import WHOLE, PreparedSet
-from finetune.distributed import Process, start, stop, wait_for_all
+from finetune.distributed import Process, start, stop, tell_lost, wait_for_all
 from finetune.loss import LossModel
 from finetune.persistence import GIB, available_bytes, refuse_oversized
 from finetune.plot import plot_losses
@@ -189,6 +189,9 @@ def main(config: DictConfig) -> None:
         train(typed, process)
     except StoppedBySignal:
         sys.exit(REQUEUE)
+    except RuntimeError as error:
+        tell_lost(error, process)
+        raise
     finally:
         stop(process)
 
