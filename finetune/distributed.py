@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +140,14 @@ def start(device: str) -> Process:
     return Process(place.rank, place.world_size, target)
 
 
-def _meeting_store(place: Place, environment: Mapping[str, str]) -> dist.Store:
+def _meeting_store(place: Place, environment: Mapping[str, str]) -> Store:
     """Where the processes leave their addresses for each other."""
-    store, _, _ = next(dist.rendezvous(place.rendezvous, place.rank, place.world_size))
+    store, _, _ = next(rendezvous(place.rendezvous, place.rank, place.world_size))
     # torchrun keeps one store over all restarts, so the addresses of those that were killed would be found
     # there. Only on one node do all count the same restarts; with more, the launch must set
     # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which gives each restart a store of its own.
     if environment.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(f"restart_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = PrefixStore(f"restart_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
     return store
 
 

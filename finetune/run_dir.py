@@ -134,6 +134,7 @@ class Metrics:
             start(config.wandb.mode)
         except (CommError, OSError) as error:
             logger.error("wandb cannot be reached: %s; it is used offline: send it with `wandb sync`", error)
+            self.wandb_id = secrets.token_hex(4)  # the other stays taken until this process ends
             start("offline")
         self.wandb = wandb
 
