@@ -1,6 +1,8 @@
 """Requests to stop, as schedulers send them: SIGTERM and SIGUSR1."""
 
+import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -10,11 +12,23 @@ from finetune.distributed import Process, sum_over_processes
 REQUEUE = 75
 """Exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again later"."""
 
+STOPPED = "stopped"
+"""File in the run directory of a run that stopped on request, until it is launched again."""
+
 _ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StoppedBySignal(Exception):  # noqa: N818 (it is no error)
     """The run was asked to stop, and has saved what it needs to go on."""
+
+
+def refuse_restart(run_dir: Path) -> str | None:
+    """Why this process is not to go on: torchrun starts what ends with any code but 0 again, and it was asked
+    to stop. None in a new launch."""
+    stopped = run_dir / STOPPED
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        stopped.unlink(missing_ok=True)
+    return "this launch was asked to stop before" if stopped.is_file() else None
 
 
 class StopRequests:

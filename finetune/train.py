@@ -18,7 +18,7 @@ from finetune.data.clip_sources import ClipSource, joined, mixed, read_clip_sour
 from finetune.data.clips import Clip, ClipEncoder, Encoder, PreparedClips
 from finetune.data.interleaver import TextTokens
 from finetune.data.prepared import WHOLE, PreparedSet
-from finetune.distributed import Process, start, stop, tell_lost, wait_for_all
+from finetune.distributed import Process, share, start, stop, tell_lost, wait_for_all
 from finetune.loss import LossModel
 from finetune.persistence import GIB, available_bytes, refuse_oversized
 from finetune.plot import plot_losses
@@ -26,7 +26,7 @@ from finetune.resume import find_resume_point
 from finetune.run_dir import Metrics, RunLog, create_run_dir, go_back, start_logging
 from finetune.sharded_build import build_sharded
 from finetune.sharding import make_mesh
-from finetune.signals import REQUEUE, StoppedBySignal, StopRequests
+from finetune.signals import REQUEUE, STOPPED, StoppedBySignal, StopRequests, refuse_restart
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
 from moshi_ttt.building import WeightFiles, build_model
@@ -136,6 +136,9 @@ def train(config: TrainConfig, process: Process) -> Path:
     start_logging(process.is_main)
     run_dir = Path(config.run_dir).expanduser()
     with RunLog() as log, StopRequests() as stop:
+        refusal = share(refuse_restart(run_dir) if process.is_main else None, process)
+        if refusal is not None:
+            raise StoppedBySignal(refusal)
         point, damaged = find_resume_point(config, process)
         bad_input = BadInput(config.data.on_error, config.data.max_error_fraction)
         train_sources, valid_clips = read_clips(config, bad_input)
@@ -163,6 +166,8 @@ def train(config: TrainConfig, process: Process) -> Path:
                 trainer.train(point, stop)
         except StoppedBySignal as reason:
             logger.warning("stopped: %s; start again with resume.mode=auto", reason)
+            if process.is_main:
+                (run_dir / STOPPED).touch()
             raise
         finally:
             trainer.saver.close()

@@ -53,6 +53,24 @@ def test_a_signal_stops_the_run_after_a_checkpoint_of_its_step(tmp_path, number)
     assert saved.name == f"checkpoint_{len(losses(tmp_path / 'run')):06d}"
     verify_files(saved / RESUME, RESUME_MANIFEST)
     assert "stopped: " in (tmp_path / "run/train.log").read_text()
+    assert (tmp_path / "run/stopped").is_file()
+
+
+def test_torchrun_does_not_go_on_with_what_was_asked_to_stop(tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    thread = signal_at(run_dir, 1, signal.SIGUSR1)
+    with pytest.raises(StoppedBySignal):
+        run(run_dir, *MANY)
+    thread.join()
+    done = len(losses(run_dir))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(StoppedBySignal, match="this launch was asked to stop before"):
+        run(run_dir, *MANY)
+    assert len(losses(run_dir)) == done
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # the job, requeued
+    run(run_dir, *MANY)
+    assert len(losses(run_dir)) == 60
+    assert not (run_dir / "stopped").exists()
 
 
 def test_an_evaluation_that_a_signal_put_off_is_made_up_for(tmp_path):
