@@ -1,4 +1,4 @@
-"""The inner state over a stream of 100,000 frames (2.2 minutes): `python -m benchmarks.inner_state`
+"""The inner state over a stream of 100,000 frames (2.2 hours): `python -m benchmarks.inner_state`
 
 Three rows stream through the tiny Moshi with default TTT settings in its middle layers: white noise, silence,
 and the sample dialogues over and over. All go through Mimi; both of Moshi's audio streams get the same codes,

@@ -124,6 +124,19 @@ class FSDPConfig:
 
 
 @dataclass
+class ResumeConfig:
+    """Going on from a checkpoint of a run, as if it had never stopped."""
+
+    mode: str | None = None
+    """auto: from the last valid checkpoint in run_dir, or from the start where there is none. never: run_dir
+    must be new. A path of a run or of one of its checkpoints: from that, in its own run_dir or in a new one.
+    None: auto in a SLURM job, else never."""
+
+    allow: list[str] = field(default_factory=list)
+    """Settings (or groups of them) that may differ from those of the checkpoint, as [batch_size,eval]."""
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases. The API key comes from `wandb login` or WANDB_API_KEY, never from a config."""
 
@@ -145,7 +158,7 @@ class TrainConfig:
     """A training run."""
 
     run_dir: str = MISSING
-    """New folder for config, log, metrics, answers and checkpoints."""
+    """Folder for config, log, metrics, answers and checkpoints; new, unless resume.mode says otherwise."""
 
     mode: str = "lora+ttt"
     """What trains: frozen (nothing: evaluate only), lora, ttt, lora+ttt, full."""
@@ -160,6 +173,7 @@ class TrainConfig:
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     init_from: str | None = None
     """Start from the weights of a checkpoint (ours or moshi-finetune's); all settings are this run's."""
@@ -259,6 +273,15 @@ class TrainConfig:
             raise ValueError(f"wandb.mode must be online, offline or disabled; got {self.wandb.mode!r}")
         if self.wandb.mode != "disabled" and not self.wandb.project:
             raise ValueError(f"wandb.mode={self.wandb.mode} needs wandb.project=NAME")
+        self._validate_resume()
+
+    def _validate_resume(self) -> None:
+        known = flat(to_plain(TrainConfig(run_dir="")))
+        for name in self.resume.allow:
+            if not any(key == name or key.startswith(f"{name}.") for key in known):
+                raise ValueError(
+                    f"resume.allow names {name!r}, which is no setting; see --help for those there are"
+                )
 
     def _validate_data(self) -> None:
         if self.data.encode not in (None, WHOLE, PER_CLIP):
@@ -302,3 +325,14 @@ def to_plain(config: TrainConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
+
+
+def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Plain values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

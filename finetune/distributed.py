@@ -1,13 +1,21 @@
 """Processes of one training run: their ranks, and sums over them. One process needs no group."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -124,12 +132,44 @@ def start(device: str) -> Process:
     if place.world_size > 1:
         dist.init_process_group(
             "nccl" if target.type == "cuda" else "gloo",
-            init_method=place.rendezvous,
+            store=_meeting_store(place, os.environ),
             rank=place.rank,
             world_size=place.world_size,
             device_id=target if target.type == "cuda" else None,
         )
     return Process(place.rank, place.world_size, target)
+
+
+def _meeting_store(place: Place, environment: Mapping[str, str]) -> Store:
+    """Where the processes leave their addresses for each other."""
+    store, _, _ = next(rendezvous(place.rendezvous, place.rank, place.world_size))
+    # torchrun keeps one store over all restarts, so the addresses of those that were killed would be found
+    # there. Only on one node do all count the same restarts; with more, the launch must set
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which gives each restart a store of its own.
+    if environment.get("GROUP_WORLD_SIZE") == "1":
+        store = PrefixStore(f"restart_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store
+
+
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "remote process exited",
+)
+"""What torch says when another process of the run has ended."""
+
+
+def tell_lost(error: RuntimeError, process: Process) -> None:
+    """Say what to make of an error, if it is that another process is gone."""
+    if process.world_size > 1 and any(message in str(error) for message in LOST):
+        logger.error(
+            "another process of this run has ended, so process %d of %d ends too; look for the first error "
+            "in the others' logs. Started again with resume.mode=auto, the run goes on from its last "
+            "checkpoint (torchrun --max-restarts=N does so by itself)",
+            process.rank,
+            process.world_size,
+        )
 
 
 def stop(process: Process) -> None:
@@ -166,14 +206,33 @@ def sum_gradients(parameters: Sequence[nn.Parameter], process: Process) -> None:
         parameter.grad.copy_(total.view_as(parameter.grad))
 
 
+def share(value: Value, process: Process) -> Value:
+    """What the main process has, in every process."""
+    values = [value]
+    if process.world_size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value: Value, process: Process, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """What each process has, in every process.
+
+    Args:
+        group: of all processes, for a thread beside the one that trains: the two must not share a group.
+    """
+    if process.world_size == 1:
+        return [value]
+    values: list[Value] = [value] * process.world_size
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def agree(problem: str | None, process: Process) -> None:
     """Let every process know what the main process has found wrong, or that all is well.
 
     Raises:
         ValueError: the problem of the main process, in every process.
     """
-    message = [problem]
-    if process.world_size > 1:
-        dist.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise ValueError(message[0])
+    message = share(problem, process)
+    if message is not None:
+        raise ValueError(message)

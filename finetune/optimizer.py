@@ -1,7 +1,6 @@
 """AdamW with a learning rate for each group, float32 masters of bfloat16 parameters, OneCycle."""
 
 import math
-from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
@@ -105,19 +104,17 @@ class Optimizer:
                 found[kind][name] = state[kind]
         return found
 
-    def progress(self) -> dict[str, Any]:
-        """Where the schedule is, plain values; `tensors()` and this are the whole state."""
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.adamw.param_groups
-        ]
-        return {"schedule": self.schedule.state_dict(), "groups": groups}
+    def progress(self) -> int:
+        """Steps of the schedule that are done; `tensors()` and this are the whole state.
 
-    def set_progress(self, progress: dict[str, Any]) -> None:
-        """Go on from what `progress` returned."""
-        self.schedule.load_state_dict(progress["schedule"])
-        for group, values in zip(self.adamw.param_groups, progress["groups"], strict=True):
-            group.update(values)
+        Rates and betas follow from it and the settings, so those of another run apply where they may.
+        """
+        return self.schedule.last_epoch
+
+    def set_progress(self, steps: int) -> None:
+        """Go on behind the step at which `progress` returned `steps`."""
+        self.schedule.load_state_dict({"last_epoch": steps - 1, "_step_count": steps})
+        self.schedule.step()
 
     def learning_rates(self) -> dict[str, float]:
         """The current rate of each group."""

@@ -3,12 +3,14 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from moshi.models.lm import LMModel
 
 from finetune.data.clips import Clip
+from finetune.distributed import Process
+from finetune.pieces import Piece
 from moshi_ttt.carried import CarriedState, carried_bytes, fresh_state
 from moshi_ttt.integration import FRAME_RATE, live_contexts
 
@@ -87,6 +89,17 @@ class CarriedRows:
         if not any(starts):
             return state
         return state.restarted(self.model, torch.tensor(starts, device=state.position.device))
+
+    def pieces(self, process: Process) -> Iterator[Piece]:
+        """All tensors as this process's rows of those of all: row r of micro-batch s on process k is row
+        (s * processes + k) * batch_size + r. So another number of processes finds its own."""
+        for slot, state in enumerate(self.states):
+            first = slot * process.world_size + process.rank
+            for index, tensor in enumerate(state.tensors()):
+                # A row of codes is one of `[B, ...]`, one of inner weights is H of `[B * H, ...]`.
+                length = tensor.shape[0] * len(self.states) * process.world_size
+                offset = (first * tensor.shape[0], *[0] * (tensor.dim() - 1))
+                yield Piece(f"carried/{index:03d}", (length, *tensor.shape[1:]), offset, tensor)
 
     def keep(self, slot: int, state: CarriedState) -> None:
         """Go on from `state` in the next step. To be called when the backward pass is done."""

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import secrets
 import sys
+import time
+from collections.abc import Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,7 +14,13 @@ import torch
 import yaml
 
 from finetune.config import TrainConfig, to_plain
+from moshi_ttt.checkpoint import remove_unfinished
+from moshi_ttt.digest import write_text_atomically
 
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -22,11 +31,34 @@ def refuse_existing(run_dir: Path) -> None:
 
 
 def create_run_dir(config: TrainConfig) -> Path:
-    """Make the folder and write config.yaml."""
+    """Make the folder where it is not there yet, and write config.yaml."""
     run_dir = Path(config.run_dir).expanduser()
-    run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(run_dir / CONFIG, yaml.safe_dump(to_plain(config), sort_keys=False))
     return run_dir
+
+
+def go_back(run_dir: Path, step: int, damaged: Sequence[Path]) -> None:
+    """Make a run directory that of a run which has just done `step`: later metrics are cut.
+
+    Args:
+        damaged: checkpoints that cannot be used; they are renamed, to be looked at.
+    """
+    remove_unfinished(run_dir)
+    for folder in damaged:
+        renamed = folder.with_name(f"damaged.{time.time_ns()}.{folder.name}")
+        folder.rename(renamed)
+        logger.warning("%s is renamed to %s", folder, renamed.name)
+    path = run_dir / METRICS
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    # A process that is killed may leave a part of a line, which is the last.
+    whole = [line for line in lines if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        write_text_atomically(path, "".join(kept))
+        logger.info("%d lines of %s later than step %d are cut", len(lines) - len(kept), path, step)
 
 
 def start_logging(is_main: bool) -> None:
@@ -69,24 +101,42 @@ class Metrics:
     Args:
         run_dir: the run's folder.
         config: for wandb's settings, and for wandb to show.
+        wandb_id: of the wandb run to go on with; None starts one.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig):
-        self.path = run_dir / "metrics.jsonl"
+    def __init__(self, run_dir: Path, config: TrainConfig, wandb_id: str | None = None):
+        self.path = run_dir / METRICS
         self.path.touch()
         self.wandb = None
+        self.wandb_id = wandb_id
         if config.wandb.mode != "disabled":
-            import wandb
+            self._start_wandb(run_dir, config)
 
-            self.wandb = wandb
+    def _start_wandb(self, run_dir: Path, config: TrainConfig) -> None:
+        import wandb
+        from wandb.errors import CommError
+
+        self.wandb_id = self.wandb_id or secrets.token_hex(4)
+
+        def start(mode: str) -> None:
             wandb.init(
                 project=config.wandb.project,
                 entity=config.wandb.entity,
                 name=config.wandb.name or run_dir.name,
-                mode=cast(Literal["online", "offline"], config.wandb.mode),
+                mode=cast(Literal["online", "offline"], mode),
                 dir=run_dir,
                 config=to_plain(config),
+                id=self.wandb_id,
+                resume="allow",
             )
+
+        try:
+            start(config.wandb.mode)
+        except (CommError, OSError) as error:
+            logger.error("wandb cannot be reached: %s; it is used offline: send it with `wandb sync`", error)
+            self.wandb_id = secrets.token_hex(4)  # the other stays taken until this process ends
+            start("offline")
+        self.wandb = wandb
 
     def log(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Record values of a step under "train" or "valid"."""

@@ -1,7 +1,9 @@
 """`python -m finetune.train experiment=demo run_dir=runs/demo`, the same under torchrun."""
 
 import logging
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -16,13 +18,15 @@ from finetune.data.clip_sources import ClipSource, joined, mixed, read_clip_sour
 from finetune.data.clips import Clip, ClipEncoder, Encoder, PreparedClips
 from finetune.data.interleaver import TextTokens
 from finetune.data.prepared import WHOLE, PreparedSet
-from finetune.distributed import Process, start, stop, wait_for_all
+from finetune.distributed import Process, share, start, stop, tell_lost, wait_for_all
 from finetune.loss import LossModel
 from finetune.persistence import GIB, available_bytes, refuse_oversized
 from finetune.plot import plot_losses
-from finetune.run_dir import Metrics, RunLog, create_run_dir, refuse_existing, start_logging
+from finetune.resume import find_resume_point
+from finetune.run_dir import Metrics, RunLog, create_run_dir, go_back, start_logging
 from finetune.sharded_build import build_sharded
 from finetune.sharding import make_mesh
+from finetune.signals import REQUEUE, STOPPED, StoppedBySignal, StopRequests, refuse_restart
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
 from moshi_ttt.building import WeightFiles, build_model
@@ -124,33 +128,53 @@ def make_batches(
 
 
 def train(config: TrainConfig, process: Process) -> Path:
-    """Run a config from start to end; returns the run directory."""
+    """Run a config from start, or from where it was stopped, to end; returns the run directory.
+
+    Raises:
+        StoppedBySignal: SIGTERM or SIGUSR1 asked for it; a checkpoint to go on from is saved.
+    """
     start_logging(process.is_main)
     run_dir = Path(config.run_dir).expanduser()
-    refuse_existing(run_dir)
-    with RunLog() as log:
+    with RunLog() as log, StopRequests() as stop:
+        refusal = share(refuse_restart(run_dir) if process.is_main else None, process)
+        if refusal is not None:
+            raise StoppedBySignal(refusal)
+        point, damaged = find_resume_point(config, process)
         bad_input = BadInput(config.data.on_error, config.data.max_error_fraction)
         train_sources, valid_clips = read_clips(config, bad_input)
-        parts = build_parts(config, valid_clips, process, bad_input)
+        built = config if point is None else replace(config, init_from=str(point.weights))
+        parts = build_parts(built, valid_clips, process, bad_input)
         metrics = None
         layers = describe(parts.model)
         wait_for_all(process)  # nobody still looks whether the run directory exists
         if process.is_main:
+            if run_dir.exists():
+                go_back(run_dir, 0 if point is None else point.step, damaged)
             create_run_dir(config)
             log.open(run_dir / "train.log")
             num_clips = sum(len(source.clips) for source in train_sources)
             logger.info("%d training clips, %d validation clips", num_clips, len(valid_clips))
             logger.info("layers:\n%s", layers)
-            metrics = Metrics(run_dir, config)
+            wandb_id = point.state["wandb_id"] if point is not None and point.same_run else None
+            metrics = Metrics(run_dir, config, wandb_id)
         batches = make_batches(config, parts.encoder, train_sources, process)
         trainer = Trainer(config, parts, batches, process, run_dir, metrics)
-        if config.mode == "frozen":
-            trainer.evaluate()
-        else:
-            trainer.train()
-        batches.close()
+        try:
+            if config.mode == "frozen":
+                trainer.evaluate()
+            else:
+                trainer.train(point, stop)
+        except StoppedBySignal as reason:
+            logger.warning("stopped: %s; start again with resume.mode=auto", reason)
+            if process.is_main:
+                (run_dir / STOPPED).touch()
+            raise
+        finally:
+            trainer.saver.close()
+            batches.close()
+            if metrics is not None:
+                metrics.close()
         if metrics is not None:
-            metrics.close()
             title = f"{run_dir.name}: {config.mode} on {config.model.source}"
             logger.info("losses: %s", plot_losses(run_dir, title))
             if bad_input.reasons:
@@ -168,6 +192,11 @@ def main(config: DictConfig) -> None:
     process = start(typed.device)
     try:
         train(typed, process)
+    except StoppedBySignal:
+        sys.exit(REQUEUE)
+    except RuntimeError as error:
+        tell_lost(error, process)
+        raise
     finally:
         stop(process)
 

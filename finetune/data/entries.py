@@ -121,28 +121,3 @@ def _read_line(where: str, line: str, base: Path, inside: Path) -> Source | BadE
 def is_seconds(value: object) -> bool:
     """Whether a value of a JSON file is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def shard_of(index: int | None, count: int | None) -> tuple[int, int]:
-    """Which part of the work is this process's: (index, count).
-
-    Args:
-        index, count: as configured. None takes SLURM's array, or all the work outside of one.
-    Raises:
-        ValueError: only one is given, or they name no part.
-    """
-    if (index is None) != (count is None):
-        raise ValueError(f"give both shard_index and num_shards, or none; got {index} and {count}")
-    if index is None or count is None:
-        if "SLURM_ARRAY_TASK_ID" not in os.environ:
-            return 0, 1
-        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
-        task, count, first = (int(os.environ[name]) for name in names)
-        # An array such as 3,5,9 has other gaps than its step, and is refused below.
-        index = (task - first) // int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
-    if not 0 <= index < count:
-        raise ValueError(
-            f"shard {index} of {count} does not exist; expected 0 to {count - 1}. For arrays with gaps give "
-            "shard_index and num_shards"
-        )
-    return index, count

@@ -6,7 +6,6 @@ number of tasks and workers are those of one.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -138,22 +137,3 @@ def refuse_other(path: Path, plan: Plan) -> None:
         f"{path.parent} was begun with other settings or recordings: {differing}. Give the same again, or "
         "another output: codes of different settings do not mix"
     )
-
-
-def array_position(index: int | None, number: int | None) -> tuple[int, int]:
-    """This task's place among those that share the work: the settings, else SLURM's array, else it is alone.
-
-    Raises:
-        ValueError: one of the two settings alone, or a place that there is not.
-    """
-    if (index is None) != (number is None):
-        raise ValueError(f"shard_index={index} and num_shards={number} belong together; give both or none")
-    if index is None or number is None:
-        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - first
-        number = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
-        step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
-        index //= step
-    if not 0 <= index < number:
-        raise ValueError(f"shard_index must be 0 to num_shards - 1; got {index} of {number}")
-    return index, number

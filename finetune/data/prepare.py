@@ -24,9 +24,10 @@ from finetune.data.bad_input import BadInput
 from finetune.data.config import DataConfig
 from finetune.data.encoding import Job, encoded_by, encoded_here
 from finetune.data.join import join
-from finetune.data.plan import array_position, claim, make_plan
+from finetune.data.plan import claim, make_plan
 from finetune.data.prepared import MANIFEST, WHOLE, PreparedSet, missing_shards, shard_name
 from finetune.data.recording import Recording
+from finetune.data.share import shard_of
 from finetune.data.sources import all_recordings, read_sources
 from finetune.run_dir import start_logging
 from moshi_ttt.digest import cached_sha256
@@ -96,7 +97,7 @@ def prepare(config: PrepareConfig) -> Path:
 def encode(config: PrepareConfig, folder: Path) -> None:
     """Make the missing shards of this task, and join all when they are there."""
     device = _device(config)
-    index, tasks = array_position(config.shard_index, config.num_shards)
+    index, tasks = shard_of(config.shard_index, config.num_shards)
     base = find_base(config.model)
     data = config.data
     bad_input = BadInput(data.on_error, data.max_error_fraction)
