@@ -10,7 +10,6 @@ from training import SAMPLE, compose_config, dialogue, run, write_recording
 
 from evaluation.nll_by_distance.__main__ import run as evaluate
 from evaluation.nll_by_distance.arms import Arm, comparisons, reset_every
-from evaluation.nll_by_distance.losses import frozen_inner_weights, score_recording
 from evaluation.nll_by_distance.measures import Bins, Measures, frequent_words
 from evaluation.nll_by_distance.recurrence import (
     PlacedWord,
@@ -27,8 +26,10 @@ from evaluation.statistics import FEWEST_ROWS, ratio_intervals
 from finetune.data.interleaver import TextLayout, TextTokens, text_stream
 from finetune.data.manifest import Word, read_manifest
 from inference.command import typed_config
+from inference.likelihood import nll_by_frame
 from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.loading import load_mimi, load_tokenizer
+from moshi_ttt.memory_arms import inner_lr_0
 
 CHUNK = 12
 CONTEXTS = {"ttt_layer_context": 5, "non_ttt_layer_context": 3}
@@ -49,6 +50,10 @@ def codes(random_codes):
     return codes
 
 
+def nll_of(model, codes, chunk_frames, reset=False):
+    return nll_by_frame(model, codes[None], chunk_frames, reset)[0]
+
+
 @torch.no_grad()
 def slow_nll(model, codes):
     """One pass over the whole recording, one code at a time."""
@@ -65,9 +70,21 @@ def slow_nll(model, codes):
 @pytest.mark.parametrize("chunk, frames", [(4, 52), (CHUNK, 53), (96, 53)])  # whole chunks, or not
 def test_every_code_is_scored_once_and_as_in_one_pass(model, codes, chunk, frames):
     codes = codes[:, :frames]
-    nll = score_recording(model, codes, chunk)
+    nll = nll_of(model, codes, chunk)
     assert int((~nll.isnan()).sum()) == int((codes[:9] != -1).sum())
     torch.testing.assert_close(nll, slow_nll(model, codes), rtol=0, atol=2e-5, equal_nan=True)
+
+
+def test_rows_of_unequal_length_are_scored_as_each_alone(model, codes):
+    lengths = (53, 7, 30)
+    batch = torch.full((len(lengths), 17, max(lengths)), -1)
+    for row, length in zip(batch, lengths, strict=True):
+        row[:, :length] = codes[:, -length:]
+    together = nll_by_frame(model, batch, CHUNK)
+    for nll, length in zip(together, lengths, strict=True):
+        alone = nll_of(model, codes[:, -length:], CHUNK)
+        torch.testing.assert_close(nll[:, :length], alone, rtol=0, atol=2e-5, equal_nan=True)
+        assert nll[:, length:].isnan().all()
 
 
 def test_inner_learning_rate_0_is_that_of_a_model_built_with_it(build, perturb, codes):
@@ -75,12 +92,12 @@ def test_inner_learning_rate_0_is_that_of_a_model_built_with_it(build, perturb, 
     model = perturb(build(**CONTEXTS)).eval()
     still = build(**CONTEXTS, base_lr=0.0).eval()
     still.load_state_dict(model.state_dict())
-    before = score_recording(model, codes, CHUNK)
-    with frozen_inner_weights(model):
-        frozen = score_recording(model, codes, CHUNK)
-    assert torch.equal(frozen.nan_to_num(), score_recording(still, codes, CHUNK).nan_to_num())
+    before = nll_of(model, codes, CHUNK)
+    with inner_lr_0(model):
+        frozen = nll_of(model, codes, CHUNK)
+    assert torch.equal(frozen.nan_to_num(), nll_of(still, codes, CHUNK).nan_to_num())
     assert (frozen - before).nan_to_num().abs().max() > 1e-4
-    assert torch.equal(score_recording(model, codes, CHUNK).nan_to_num(), before.nan_to_num())
+    assert torch.equal(nll_of(model, codes, CHUNK).nan_to_num(), before.nan_to_num())
 
 
 def test_reset_forgets_the_inner_state_and_nothing_else(build, perturb, model, codes):
@@ -89,7 +106,7 @@ def test_reset_forgets_the_inner_state_and_nothing_else(build, perturb, model, c
 
     def effect(model, reset):
         """What a change of the first frames does to the NLL of the chunks after the first."""
-        nlls = (score_recording(model, given, CHUNK, reset) for given in (codes, changed))
+        nlls = (nll_of(model, given, CHUNK, reset) for given in (codes, changed))
         difference = torch.sub(*nlls)[:, CHUNK + max(model.delays) + 1 :]
         return float(difference.nan_to_num().abs().max())
 
@@ -97,7 +114,7 @@ def test_reset_forgets_the_inner_state_and_nothing_else(build, perturb, model, c
     assert effect(blind, reset=False) > 1e-4
     assert effect(blind, reset=True) == 0
     assert effect(model, reset=True) > 1e-4  # attention goes on over the edge of a chunk
-    whole, reset = score_recording(model, codes, CHUNK), score_recording(model, codes, CHUNK, reset=True)
+    whole, reset = nll_of(model, codes, CHUNK), nll_of(model, codes, CHUNK, reset=True)
     before = slice(CHUNK - max(model.delays))  # the last delayed codes are predicted in the next chunk
     assert torch.equal(whole[:, before].nan_to_num(), reset[:, before].nan_to_num())
 

@@ -13,7 +13,7 @@ from evaluation.recall.arms import forgetting_at
 from evaluation.recall.probe import read_speech
 from evaluation.recall.probe import run as run_probe
 from evaluation.recall.probe_report import Answers, interval, margin, right, summarize
-from evaluation.recall.probe_scoring import forgotten, inner_lr_0, likelihoods, mini_batch_frames
+from evaluation.recall.probe_scoring import likelihoods
 from evaluation.recall.probe_settings import Probe
 from evaluation.recall.probe_words import EpisodeMaker, Speech, question_frames
 from evaluation.recall.settings import RecallConfig
@@ -22,6 +22,7 @@ from inference.command import typed_config
 from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.integration import receptive_field, ttt_layers
 from moshi_ttt.loading import load_mimi
+from moshi_ttt.memory_arms import inner_lr_0, mini_batch_frames, without_inner_memory
 from tests.training import SAMPLE, compose_config, dialogue, run
 
 K = 4
@@ -103,7 +104,9 @@ def test_likelihoods_are_those_of_whole_passes(hybrid, speeches, condition):
         (found,) = score(hybrid, episodes, episodes.told)
         expected = slow_likelihoods(hybrid, episodes, episodes.told)
     else:
-        found = score(hybrid, episodes, episodes.told, same, lambda state: forgotten(hybrid, state))[1]
+        found = score(
+            hybrid, episodes, episodes.told, same, lambda state: without_inner_memory(hybrid, state)
+        )[1]
         parts = []
         for end in episodes.ends:
             with forgetting_at(hybrid, end):
@@ -184,7 +187,7 @@ def test_a_planted_memory_is_found_far_beyond_the_windows_and_gone_in_every_cont
     episodes = maker_of(model, wordless, probe).code_words()
     assert len({*episodes.keys[0, :, 2, 0].tolist(), 3}) == 5  # or keys would be heard twice
     plant_memory(model, episodes)
-    changes = same, lambda carried: forgotten(model, carried)
+    changes = same, lambda carried: without_inner_memory(model, carried)
     plain, reset = score(model, episodes, episodes.told, *changes, chunk_frames=16)
     (not_told,) = score(model, episodes, episodes.untold, chunk_frames=16)
     with inner_lr_0(model):
@@ -206,7 +209,7 @@ def test_beyond_the_windows_only_inner_learning_knows_what_was_told(hybrid, spee
     assert far.min() > 1e-5
     assert (frozen - frozen_untold)[0].abs().max() > 1e-5
     torch.testing.assert_close(frozen[1], frozen_untold[1], rtol=0, atol=1e-10)
-    reset = score(hybrid, episodes, episodes.told, lambda state: forgotten(hybrid, state))[0]
+    reset = score(hybrid, episodes, episodes.told, lambda state: without_inner_memory(hybrid, state))[0]
     assert (reset - told).abs().amax(dim=(2, 3, 4)).min() > 1e-5
     assert (frozen - told).abs().amax(dim=(2, 3, 4)).min() > 1e-5
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from evaluation.nll_by_distance.losses import frozen_inner_weights, score_recording
 from evaluation.nll_by_distance.sides import Side
+from inference.likelihood import nll_by_frame
 from moshi_ttt.checkpoint import LoadedCheckpoint, find_checkpoint, read_training_config, verify_files
 from moshi_ttt.integration import live_contexts, receptive_field, ttt_layers
+from moshi_ttt.memory_arms import inner_lr_0, mini_batch_frames
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,9 @@ def reset_every(loaded: LoadedCheckpoint, reset_frames: int | None) -> int | Non
     Raises:
         ValueError: `reset_frames` is no whole number of mini-batches.
     """
-    layers = ttt_layers(loaded.model)
-    if not layers:
+    if not ttt_layers(loaded.model):
         return None
-    size = max(layer.seq_modeling_block.ttt_layer.ttt.mini_batch_size for _, layer in layers)
+    size = mini_batch_frames(loaded.model)
     if reset_frames is None:
         return -(-max(receptive_field(loaded.model), 1) // size) * size
     if reset_frames % size:
@@ -122,9 +122,11 @@ def score_arms(
             assert every is not None
             chunk = every
         bar = tqdm(sides, desc=arm.name, unit="side", disable=None)
-        with frozen_inner_weights(loaded.model) if arm.memory == "off" else nullcontext():
+        with inner_lr_0(loaded.model) if arm.memory == "off" else nullcontext():
             for side, found in zip(bar, scored, strict=True):
-                found[arm.name] = score_recording(loaded.model, side.codes, chunk, arm.memory == "reset")
+                found[arm.name] = nll_by_frame(loaded.model, side.codes[None], chunk, arm.memory == "reset")[
+                    0
+                ]
     return scored
 
 

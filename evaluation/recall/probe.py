@@ -34,7 +34,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluation.recall.probe_report import Answers, draw, summarize, table
-from evaluation.recall.probe_scoring import forgotten, inner_lr_0, likelihoods, mini_batch_frames
+from evaluation.recall.probe_scoring import likelihoods
 from evaluation.recall.probe_settings import Probe
 from evaluation.recall.probe_words import EpisodeMaker, Episodes, Speech, question_frames
 from finetune.data.chunks import ChunkEncoder
@@ -45,6 +45,7 @@ from inference.generate import choose_device
 from moshi_ttt.checkpoint import LoadedCheckpoint, load_checkpoint
 from moshi_ttt.integration import context_line, receptive_field, ttt_layers
 from moshi_ttt.loading import load_mimi, load_tokenizer
+from moshi_ttt.memory_arms import inner_lr_0, mini_batch_frames, without_inner_memory
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def _conditions(
         (plain,) = likelihoods(model, episodes, episodes.told, *limits, same, bar.update)
         (not_told,) = likelihoods(model, episodes, episodes.untold, *limits, same, bar.update)
         return {"plain": plain, "not_told": not_told}
-    both = [*same, lambda carried: forgotten(model, carried)]
+    both = [*same, lambda carried: without_inner_memory(model, carried)]
     plain, reset = likelihoods(model, episodes, episodes.told, *limits, both, bar.update)
     (not_told,) = likelihoods(model, episodes, episodes.untold, *limits, same, bar.update)
     with inner_lr_0(model):

@@ -5,9 +5,7 @@ distance the state is copied for every question with every candidate, and the co
 That is, to rounding, one whole pass over past, question and candidate for each of them.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,43 +15,9 @@ from torch.nn import functional as F
 from evaluation.recall.probe_words import Episodes
 from moshi_ttt.carried import CarriedState, ChunkOutput, forward_chunk
 from moshi_ttt.inner_weights import InnerWeights
-from moshi_ttt.integration import ttt_layers
-from moshi_ttt.ttt_layer import TTTBase
+from moshi_ttt.memory_arms import mini_batch_frames
 
 Change = Callable[[CarriedState], CarriedState]
-
-
-def _inner_layers(model: LMModel) -> list[TTTBase]:
-    return [layer.seq_modeling_block.ttt_layer.ttt for _, layer in ttt_layers(model)]
-
-
-def mini_batch_frames(model: LMModel) -> int:
-    """Frames after which all TTT layers begin a mini-batch; 1 without TTT layers."""
-    return math.lcm(*(ttt.mini_batch_size for ttt in _inner_layers(model)))
-
-
-@contextmanager
-def inner_lr_0(model: LMModel) -> Iterator[None]:
-    """TTT layers stay at their learned weights: the network that was trained, without its memory."""
-    layers = _inner_layers(model)
-    rates = [ttt.base_lr for ttt in layers]
-    try:
-        for ttt in layers:
-            ttt.base_lr = 0.0
-        yield
-    finally:
-        for ttt, rate in zip(layers, rates, strict=True):
-            ttt.base_lr = rate
-
-
-def forgotten(model: LMModel, carried: CarriedState) -> CarriedState:
-    """The same state with the inner weights back at the learned ones. What attention sees stays."""
-    learned = {
-        index: layer.seq_modeling_block.ttt_layer.ttt.initial_weights(carried.position.shape[0]).detach()
-        for index, layer in ttt_layers(model)
-    }
-    layers = (replace(layer, inner=learned.get(index)) for index, layer in enumerate(carried.layers))
-    return replace(carried, layers=tuple(layers))
 
 
 def rows_of(carried: CarriedState, rows: torch.Tensor) -> CarriedState:
