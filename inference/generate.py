@@ -12,7 +12,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from inference.command import typed_config
+from configs.typed import typed_config
 from inference.enable_ttt_diagnostics import DiagnosticsFile, enable_ttt_diagnostics
 from inference.rows import Sampling, StepWatch
 from inference.session import restore_stream, save_session, session_identity

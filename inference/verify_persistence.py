@@ -17,7 +17,7 @@ from moshi.models.lm import LMModel
 from moshi.utils.compile import no_cuda_graph
 from omegaconf import MISSING, DictConfig
 
-from inference.command import typed_config
+from configs.typed import typed_config
 from inference.generate import choose_device
 from inference.rows import Sampling
 from inference.stream import open_stream, read_recording
