@@ -1,7 +1,7 @@
 """`python -m finetune.submit JOB [launch=SITE] [launch.KEY=VALUE ...] ARGUMENTS`: a job for SLURM.
 
-JOB is train, annotate or prepare (scripts/slurm/JOB.sbatch), or sweep: one training job for each combination
-of values, by Hydra's multirun and submitit. What the site wants to know of a job is in
+JOB is train, annotate, prepare or batch_inference (scripts/slurm/JOB.sbatch), or sweep: one training job for
+each combination of values, by Hydra's multirun and submitit. What the site wants to know of a job is in
 configs/launch/SITE.yaml; ARGUMENTS are those of the command that the job runs.
 """
 
@@ -27,10 +27,10 @@ from configs.typed import typed_config
 from finetune.config import register, to_typed
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "slurm"
-JOBS = ("train", "annotate", "prepare", "sweep")
+JOBS = ("train", "annotate", "prepare", "batch_inference", "sweep")
 # Arguments that are the site's, not the command's.
 OWN = ("launch=", "launch.", "+launch.", "++launch.", "~launch.")
-ARRAYS = ("annotate", "prepare")
+ARRAYS = ("annotate", "prepare", "batch_inference")
 
 
 @dataclass
@@ -61,7 +61,7 @@ class LaunchConfig:
     constraint: str | None = None
 
     array: str | None = None
-    """Tasks of annotate and prepare, such as 0-31%8: 32 tasks, 8 at a time."""
+    """Tasks of annotate, prepare and batch_inference, such as 0-31%8: 32 tasks, 8 at a time."""
 
     grace_sec: int = 180
     """A training job is asked to save and stop so long before its time limit. SLURM may be a minute early."""
@@ -146,7 +146,8 @@ def sbatch_flags(job: str, launch: LaunchConfig) -> dict[str, str | bool]:
     if job in ARRAYS:
         flags["array"] = launch.array
     if job != "sweep":
-        flags["output"] = str(Path(launch.log_dir, "%x-%A-%a.out" if job in ARRAYS else "%x-%j.out"))
+        one = job not in ARRAYS or launch.array is None
+        flags["output"] = str(Path(launch.log_dir, "%x-%j.out" if one else "%x-%A-%a.out"))
     for flag in launch.flags:
         name, has_value, value = flag.removeprefix("--").partition("=")
         flags[name] = value if has_value else True
@@ -175,10 +176,10 @@ def sbatch_command(job: str, launch: LaunchConfig, arguments: Sequence[str]) -> 
     Raises:
         ValueError: an array without its tasks, or no scripts.
     """
-    if job in ARRAYS and launch.array is None:
+    if job in ("annotate", "prepare") and launch.array is None:
         raise ValueError(f"{job} is an array: give its tasks, such as launch.array=0-31%8")
     if job == "train" and launch.array is not None:
-        raise ValueError("launch.array is for annotate and prepare; a training job per value is `sweep`")
+        raise ValueError(f"launch.array is for {', '.join(ARRAYS)}; a training job per value is `sweep`")
     script = SCRIPTS / f"{job}.sbatch"
     if not script.is_file():
         raise ValueError(f"{script} does not exist; submit from a checkout, installed by pip install -e .")

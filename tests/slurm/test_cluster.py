@@ -14,7 +14,7 @@ import pytest
 from cluster import ENDED, ROOT, Cluster, missing, start_cluster
 from data_sets import copy_sample
 from prepared_data import LENGTHS, TINY_SHARDS, write_recordings
-from training import TINY, losses, records, run
+from training import TINY, losses, records, run, write_prompt
 
 from finetune.config import TrainConfig
 from finetune.data.prepared import PreparedSet
@@ -111,6 +111,27 @@ def test_tasks_of_an_array_transcribe_all_recordings(cluster, tmp_path):
         assert ended == "COMPLETED", printed
         assert f"shard {task} of 2: 1 of its 1 recordings to transcribe" in printed
     assert all(len(json.loads(path.read_text())["alignments"]) > 10 for path in transcripts)
+
+
+def test_tasks_of_an_array_answer_all_recordings(cluster, tmp_path):
+    trained = run(tmp_path / "run")
+    (tmp_path / "voices").mkdir()
+    voices = [write_prompt(tmp_path / "voices" / f"{number}.wav") for number in (1, 2, 3)]
+    printed = cluster.call(
+        *("bash", SCRIPTS / "submit_batch_inference.sh", trained, tmp_path / "voices"),
+        *(tmp_path / "answers", "", "0.5", "true"),
+        MOSHI_TTT_LAUNCH=f"launch.array=0-1 launch.log_dir={tmp_path / 'logs'}",
+    )
+    array = printed.split()[-1]
+    for task in (0, 1):
+        ended = cluster.wait(f"{array}_{task}")
+        said = (tmp_path / "logs" / f"batch_inference-{array}-{task}.out").read_text()
+        assert ended == "COMPLETED", said
+        assert f"{2 - task} of 3 recordings are this task's" in said
+    for voice in voices:
+        folder = tmp_path / "answers" / voice.stem
+        assert json.loads((folder / "meta.json").read_text())["seconds"] == 0.5
+        assert (folder / "perplexity.json").is_file()
 
 
 def test_tasks_of_an_array_prepare_all_shards(cluster, tmp_path):
