@@ -293,7 +293,7 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
 
     @torch.no_grad()
     def _call(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
-        """Several frames `[B, T, C]` of each stream; what can be whole mini-batches is done as in training."""
+        """Several frames `[B, T, C]` of each stream; what fills mini-batches is done as in training."""
         first, last = self._whole_mini_batches(x.shape[1], state)
         parts = [self._step(x[:, t : t + 1], state) for t in range(first)]
         if last > first:
