@@ -41,6 +41,7 @@ TRAINING_CONFIG = "training_config.json"
 MOSHI_CONFIG = "config.json"
 TTT_WEIGHTS = "ttt.safetensors"
 LORA_WEIGHTS = "lora.safetensors"
+NOT_PLAIN = "this model has TTT layers: run it with moshi-ttt, python -m inference.generate or serve"
 BASE_WEIGHTS = "consolidated.safetensors"
 _TEMPORARY = "tmp."
 
@@ -236,7 +237,10 @@ def moshi_config(model: LMModel, training_config: dict[str, Any], base: Checkpoi
     config = dict(base.raw_config if base.raw_config is not None else loaders._lm_kwargs)
     lora = training_config["lora"]
     config |= {"lora": lora["enable"], "lora_rank": lora["rank"], "lora_scaling": lora["scaling"]}
-    if not ttt_layers(model):
+    if ttt_layers(model):
+        # The moshi package refuses a key that it does not know, and prints it.
+        config[NOT_PLAIN] = True
+    else:
         config["context"] = live_contexts(model)[False][0]
     return config
 

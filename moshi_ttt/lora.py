@@ -58,3 +58,22 @@ def apply_lora_to_model(model: LMModel, config: LoRAConfig, device: torch.device
         nn.init.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(module.lora_B.weight)
     return model
+
+
+@torch.no_grad()
+def merge_lora(model: LMModel) -> int:
+    """Put plain linear layers with the merged weights in the place of all LoRALinear ones.
+
+    Sums are taken in float32 and rounded once, and biases stay: Moshi's merge rounds twice and drops them.
+
+    Returns:
+        How many there were.
+    """
+    found = lora_modules(model)
+    for name, lora in found:
+        base = lora.frozen_W
+        update = lora.lora_B.weight.float() @ lora.lora_A.weight.float()
+        base.weight.copy_(base.weight.float() + lora.scaling * update)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, base)
+    return len(found)
