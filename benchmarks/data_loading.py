@@ -36,8 +36,9 @@ from finetune.data.codec import encode_whole
 from finetune.data.interleaver import TextLayout, TextTokens
 from finetune.data.join import join
 from finetune.data.manifest import Word, read_manifest
+from finetune.data.places import PLAN
 from finetune.data.plan import Plan
-from finetune.data.prepared import PLAN, WHOLE, PreparedSet, shard_name
+from finetune.data.prepared import WHOLE, PreparedSet, shard_name
 from finetune.data.shard import Encoded, shard_bytes
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi, load_tokenizer
 

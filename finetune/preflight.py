@@ -27,8 +27,9 @@ from omegaconf import DictConfig
 from finetune.config import TrainConfig, register, to_typed
 from finetune.data.audio import check_audio
 from finetune.data.bad_input import BadInput
-from finetune.data.prepared import PreparedSet, is_prepared
-from finetune.data.sources import parse_places, read_places
+from finetune.data.places import is_prepared, parse_places
+from finetune.data.prepared import PreparedSet
+from finetune.data.sources import read_places
 from finetune.data.transcript import read_words
 from finetune.plan import build_on_meta, checkpoint_bytes, kept_checkpoints
 from moshi_ttt.digest import cached_sha256

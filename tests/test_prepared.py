@@ -23,7 +23,8 @@ from finetune.data.clips import ClipEncoder, PreparedClips, cut_clips
 from finetune.data.codec import RECORDINGS_AT_ONCE, batches_of, encode_whole
 from finetune.data.interleaver import TextLayout
 from finetune.data.manifest import Word, read_manifest
-from finetune.data.prepared import PreparedSet, is_prepared
+from finetune.data.places import is_prepared
+from finetune.data.prepared import PreparedSet
 from finetune.data.shard import Encoded, Shard, shard_bytes, write_atomically
 from finetune.train import read_clips
 from moshi_ttt.digest import sha256

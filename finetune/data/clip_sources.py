@@ -8,8 +8,9 @@ from finetune.data.bad_input import BadInput
 from finetune.data.clips import Clip, PreparedClips, cut_clips
 from finetune.data.joined import Joined
 from finetune.data.mixing import MixedOrder, per_recording
-from finetune.data.prepared import PreparedSet, is_prepared
-from finetune.data.sources import SourceSettings, parse_places, read_places
+from finetune.data.places import is_prepared, parse_places
+from finetune.data.prepared import PreparedSet
+from finetune.data.sources import SourceSettings, read_places
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from finetune.data.places import MANIFEST, PLAN
 from finetune.data.prepared import (
     FORMAT,
     INDEX,
-    MANIFEST,
-    PLAN,
     SOURCES,
     missing_shards,
     shard_name,

@@ -24,8 +24,9 @@ from finetune.data.bad_input import BadInput
 from finetune.data.config import DataConfig
 from finetune.data.encoding import Job, encoded_by, encoded_here
 from finetune.data.join import join
+from finetune.data.places import MANIFEST
 from finetune.data.plan import claim, make_plan
-from finetune.data.prepared import MANIFEST, WHOLE, PreparedSet, missing_shards, shard_name
+from finetune.data.prepared import WHOLE, PreparedSet, missing_shards, shard_name
 from finetune.data.recording import Recording
 from finetune.data.share import shard_of
 from finetune.data.sources import all_recordings, read_sources

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from finetune.data.places import MANIFEST, PLAN
 from finetune.data.shard import Shard, TensorFile, Words
 from moshi_ttt.digest import sha256
 
 FORMAT = 1
-MANIFEST, PLAN, INDEX, SOURCES = "prepared.json", "plan.json", "index.safetensors", "sources.jsonl"
+INDEX, SOURCES = "index.safetensors", "sources.jsonl"
 PER_CLIP, WHOLE = "per_clip", "whole"
 # Shards that are mapped at once. What has been read of a shard counts as this process's memory until then.
 OPEN_SHARDS = 32
@@ -27,12 +28,6 @@ OPEN_SHARDS = 32
 def shard_name(number: int) -> str:
     """File of a shard."""
     return f"shard_{number:06d}.safetensors"
-
-
-def is_prepared(path: str | Path) -> bool:
-    """Whether a path is a folder that `finetune.data.prepare` wrote, whole or not."""
-    folder = Path(path).expanduser()
-    return (folder / MANIFEST).is_file() or (folder / PLAN).is_file()
 
 
 def missing_shards(folder: Path, number: int) -> list[int]:
