@@ -21,7 +21,7 @@ from finetune.data.places import (
 from finetune.data.transcript import is_time, parse_json
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """An audio file of a data set.
 
@@ -36,7 +36,7 @@ class Source:
     duration_sec: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BadEntry:
     """A line of a list that names no recording, and why."""
 
