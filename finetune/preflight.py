@@ -209,7 +209,9 @@ def disk_finding(config: TrainConfig, place: Place) -> Finding:
     folder = existing_folder(config)
     mark(folder).write_text(place.host)
     free = shutil.disk_usage(folder).free
-    needed = (kept_checkpoints(config) + 1) * checkpoint_bytes(config, build_on_meta(config))
+    needed = (kept_checkpoints(config) + 1) * checkpoint_bytes(
+        config, build_on_meta(config), place.world_size
+    )
     if free < needed:
         return Finding(
             place.host,

@@ -14,6 +14,7 @@ from resumed_training import CASES, DRAWS, STEPS, clips_drawn, config_of, joined
 from test_distributed import free_port
 from training import CPU, ROOT, TINY, losses, own_logging, records, start_python, train_here
 
+from finetune.plan import build_on_meta, checkpoint_bytes
 from finetune.saving import RESUME_MANIFEST
 from moshi_ttt.checkpoint import saved_checkpoints
 
@@ -79,6 +80,14 @@ def comparable(run_dir):
     """All metrics but times."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith(("_sec", "_per_s"))} for line in lines]
+
+
+@pytest.mark.parametrize("name, world", [("clips", 1), ("carried", 1), ("two", 2)])
+def test_a_checkpoint_is_as_large_as_planned(runs, name, world):
+    config = config_of("clips" if name == "clips" else "carried", runs / name, world)
+    folder = runs / name / "checkpoints/checkpoint_000014"
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert written == pytest.approx(checkpoint_bytes(config, build_on_meta(config), world), rel=0.05)
 
 
 def cut_back(whole, run_dir):
