@@ -27,7 +27,7 @@ from finetune.resume import find_resume_point
 from finetune.run_dir import Metrics, RunLog, create_run_dir, go_back, start_logging
 from finetune.sharded_build import build_sharded
 from finetune.sharding import make_mesh
-from finetune.signals import REQUEUE, STOPPED, StoppedBySignal, StopRequests, refuse_restart
+from finetune.signals import STOPPED, StoppedBySignal, StopRequests, ask_for_requeue, refuse_restart
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
 from moshi_ttt.building import WeightFiles, build_model
@@ -194,7 +194,7 @@ def main(config: DictConfig) -> None:
     try:
         train(typed, process)
     except StoppedBySignal:
-        sys.exit(REQUEUE)
+        sys.exit(ask_for_requeue(process))
     except RuntimeError as error:
         tell_lost(error, process)
         raise

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_distributed import free_port
 from training import ROOT, TINY, losses, own_logging, records, run, run_python, start_python
 
+from finetune.distributed import Process
 from finetune.saving import RESUME, RESUME_MANIFEST
-from finetune.signals import REQUEUE, StoppedBySignal
+from finetune.signals import REQUEUE, StoppedBySignal, ask_for_requeue
 from moshi_ttt.checkpoint import saved_checkpoints, verify_files
 
 MANY = ("max_steps=60", "checkpoint.every_steps=50", "mode=ttt", "lora.enable=false", "resume.mode=auto")
@@ -113,6 +115,17 @@ def test_a_signal_to_one_process_stops_all_at_one_step(two, tmp_path):
     assert state["step"] == len(losses(tmp_path / "run")) < 60
     assert len(state["files"]) == state["world_size"] == 2
     assert "another process was asked to stop after step" in printed[0]
+
+
+def test_who_is_told_of_a_launcher_leaves_it_a_word_instead_of_a_code(tmp_path, monkeypatch):
+    word = tmp_path / "requeue"
+    main, other = (Process(rank, 2, torch.device("cpu")) for rank in (0, 1))
+    assert [ask_for_requeue(process) for process in (main, other)] == [75, 75]
+    monkeypatch.setenv("MOSHI_TTT_REQUEUE_FILE", str(word))
+    assert ask_for_requeue(other) == 0
+    assert not word.exists()
+    assert ask_for_requeue(main) == 0
+    assert word.exists()
 
 
 def test_a_process_that_loses_another_ends_within_a_minute_and_says_so(two):
