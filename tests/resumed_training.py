@@ -39,7 +39,7 @@ DRAWS = 12
 
 
 def config_of(case: str, run_dir: Path, world: int, *overrides: str) -> TrainConfig:
-    """Four rows a step, whatever the number of processes: in two micro-batches, with four processes in one."""
+    """Four rows a step with any number of processes: in two micro-batches, or one with four processes."""
     rows = ("batch_size=1", "num_microbatches=1") if world == 4 else (f"batch_size={2 // world}",)
     return tiny_config(run_dir, *STEPS, *CASES[case], *rows, *overrides)
 
