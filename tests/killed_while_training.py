@@ -1,9 +1,9 @@
 """Trains runs that are killed by SIGKILL at random moments, and looks at what each kill leaves.
 
-`python -m killed_while_training FOLDER KILLS [RUNS [SEED]]`, KILLS of each of RUNS (1), prints a line for each
-kill and fails at the first unreadable checkpoint, the first step lost that was done before the last checkpoint
-but one, or an end that is not that of the same run uninterrupted. Evaluations and checkpoints take turns with
-steps.
+`python -m killed_while_training FOLDER KILLS [RUNS [SEED]]` kills each of RUNS (1) so often and prints a line
+for each kill. It fails at the first unreadable checkpoint, the first step lost that was done before the last
+checkpoint but one, or an end that is not that of the same run uninterrupted. Evaluations and checkpoints take
+turns with steps.
 """
 
 import os
