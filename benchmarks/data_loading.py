@@ -36,8 +36,10 @@ from finetune.data.codec import encode_whole
 from finetune.data.interleaver import TextLayout, TextTokens
 from finetune.data.join import join
 from finetune.data.manifest import Word, read_manifest
+from finetune.data.order import Sampling
+from finetune.data.places import PLAN
 from finetune.data.plan import Plan
-from finetune.data.prepared import PLAN, WHOLE, PreparedSet, shard_name
+from finetune.data.prepared import WHOLE, PreparedSet, shard_name
 from finetune.data.shard import Encoded, shard_bytes
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi, load_tokenizer
 
@@ -112,8 +114,8 @@ def read_corpus(folder: Path, batches: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "hours": clips.prepared.manifest["hours"],
         "open_sec": round(opened, 3),
-        "clips_frames_per_s": round(rate_of(training_batches(encoder, clips, ROWS, 0, True, 0, 1), batches)),
-        "chunks_frames_per_s": round(rate_of(chunk_batches(encoder, clips, ROWS, 1, 0, True, 0, 1), batches)),
+        "clips_frames_per_s": round(rate_of(training_batches(encoder, clips, Sampling(ROWS, 0)), batches)),
+        "chunks_frames_per_s": round(rate_of(chunk_batches(encoder, clips, 1, Sampling(ROWS, 0)), batches)),
     }
     after = memory_mib()
     grown = {name: round(after[name] - before[name], 1) for name in after}

@@ -36,6 +36,8 @@ from moshi_ttt.warm_start import holds_base_weights
 logger = logging.getLogger(__name__)
 
 FRAME_RATE = 12.5
+# Name, shape and place of a tensor in a file of the resume checkpoint.
+_HEADER_BYTES = 200
 GIB = 1 << 30
 
 
@@ -84,7 +86,7 @@ class Plan:
         step_peak: most bytes alive beside weights, optimiser state and carried state in a step: activations,
             gradients, temporaries.
         flops_per_step: on one GPU, recomputation included.
-        checkpoint: bytes of one checkpoint.
+        checkpoint: bytes of one checkpoint, with what resuming needs.
         frames_per_step: on all GPUs.
         carried: bytes of what the rows of all micro-batches carry from chunk to chunk.
         gathered: bytes of parameters that a sharded model gathers at a time.
@@ -201,10 +203,7 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     codes = torch.zeros(config.batch_size, model.num_codebooks, frames, dtype=torch.long, device="meta")
     weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    state, carried = None, 0
-    if config.ttt.persistent_states:
-        state = fresh_state(model, config.batch_size)
-        carried = config.num_microbatches * sum(tensor.nbytes for tensor in state.tensors())
+    state = fresh_state(model, config.batch_size) if config.ttt.persistent_states else None
     peak = flops = 0
     if trainable:
         peak, flops = measure_step(model, codes, weights, config.num_microbatches, state)
@@ -219,9 +218,9 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
         optimizer=_share(sum((8 if p.dtype == torch.float32 else 12) * p.numel() for p in trainable), shards),
         step_peak=max(peak, update_peak),
         flops_per_step=flops * config.num_microbatches,
-        checkpoint=checkpoint_bytes(config, model),
+        checkpoint=checkpoint_bytes(config, model, gpus),
         frames_per_step=config.batch_size * config.num_microbatches * frames * gpus,
-        carried=carried,
+        carried=carried_bytes(config, model),
         gathered=gathered_bytes(model) if shards > 1 else 0,
     )
 
@@ -230,8 +229,36 @@ def _share(size: int, shards: int) -> int:
     return math.ceil(size / shards)
 
 
-def checkpoint_bytes(config: TrainConfig, model: LMModel) -> int:
-    """Size of one checkpoint of a run of `config`, whose model is on any device."""
+def carried_bytes(config: TrainConfig, model: LMModel) -> int:
+    """What the rows of all micro-batches of one process carry from chunk to chunk."""
+    if not config.ttt.persistent_states:
+        return 0
+    state = fresh_state(model, config.batch_size)
+    return config.num_microbatches * sum(tensor.nbytes for tensor in state.tensors())
+
+
+def checkpoint_bytes(config: TrainConfig, model: LMModel, processes: int = 1) -> int:
+    """Size of one checkpoint of a run of `config`, whose model is on any device: weights to use, and what it
+    is resumed from."""
+    return consolidated_bytes(config, model) + resume_bytes(config, model, processes)
+
+
+def resume_bytes(config: TrainConfig, model: LMModel, processes: int) -> int:
+    """Trained parameters, float32 masters of those that are not, AdamW's moments and step count of each; what
+    the rows of all processes carry, and their random numbers."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with_master = [p for p in trainable if p.dtype != torch.float32]
+    parameters = sum(p.numel() * p.element_size() for p in trainable) + sum(
+        4 * p.numel() for p in with_master
+    )
+    optimizer = sum(8 * p.numel() + 4 for p in trainable)
+    names = _HEADER_BYTES * (4 * len(trainable) + len(with_master))
+    own = carried_bytes(config, model) + torch.get_rng_state().nbytes
+    return parameters + optimizer + names + processes * own
+
+
+def consolidated_bytes(config: TrainConfig, model: LMModel) -> int:
+    """Size of the part of a checkpoint that inference and evaluation use."""
     own_base = config.mode == "full" or (
         config.init_from is not None and holds_base_weights(config.init_from)
     )

@@ -27,8 +27,10 @@ from omegaconf import DictConfig
 from finetune.config import TrainConfig, register, to_typed
 from finetune.data.audio import check_audio
 from finetune.data.bad_input import BadInput
-from finetune.data.prepared import PreparedSet, is_prepared
-from finetune.data.sources import parse_places, read_places
+from finetune.data.clip_sources import expect_prepared
+from finetune.data.places import is_prepared, parse_places
+from finetune.data.prepared import PreparedSet
+from finetune.data.sources import read_places
 from finetune.data.transcript import read_words
 from finetune.plan import build_on_meta, checkpoint_bytes, kept_checkpoints
 from moshi_ttt.digest import cached_sha256
@@ -171,14 +173,15 @@ def _look_at(spec: str, config: TrainConfig, digest: Any) -> int:
         ValueError: something is missing or broken.
     """
     count = 0
+    bad_input = BadInput(config.data.on_error, config.data.max_error_fraction)
     places = parse_places(spec)
     for path in (p.path for p in places if is_prepared(p.path)):
         prepared = PreparedSet(path)
         mimi = Path(find_base(config.model).mimi_weights)
         prepared.require(config.encode, config.duration_sec, cached_sha256(mimi))
+        expect_prepared(prepared, bad_input)
         digest.update(repr(prepared.manifest).encode())
         count += len(prepared)
-    bad_input = BadInput(config.data.on_error, config.data.max_error_fraction)
     listed = replace(config.data.sources, check_files=False)
     for source in read_places([p for p in places if not is_prepared(p.path)], listed, bad_input):
         count += len(source.recordings)
@@ -206,7 +209,9 @@ def disk_finding(config: TrainConfig, place: Place) -> Finding:
     folder = existing_folder(config)
     mark(folder).write_text(place.host)
     free = shutil.disk_usage(folder).free
-    needed = (kept_checkpoints(config) + 1) * checkpoint_bytes(config, build_on_meta(config))
+    needed = (kept_checkpoints(config) + 1) * checkpoint_bytes(
+        config, build_on_meta(config), place.world_size
+    )
     if free < needed:
         return Finding(
             place.host,

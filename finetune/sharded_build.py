@@ -1,7 +1,9 @@
-"""Building a sharded model: no process ever holds the whole of it.
+"""Building a sharded model, in which no process holds the whole base model.
 
 Every process builds the model without numbers and shards that. Then the main process reads the weights one
-tensor at a time, or takes them from the LoRA and TTT parts that it made, and each process keeps its shard.
+tensor at a time and sends each to all; each process keeps its shard. LoRA and TTT parts, a small share, are
+made whole on the main process. There alone `whole_copy` also gathers all of the model, for the time of an
+answer to eval.prompt; and a checkpoint of mode=full copies all weights to its host memory, off the device.
 """
 
 import copy

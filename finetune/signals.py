@@ -15,6 +15,10 @@ REQUEUE = 75
 STOPPED = "stopped"
 """File in the run directory of a run that stopped on request, until it is launched again."""
 
+REQUEUE_FILE = "MOSHI_TTT_REQUEUE_FILE"
+"""Variable with the path of a file by which a run tells its launcher that it wants to be started again. Where
+it is set all processes end with 0: torchrun passes no code on, and starts again what ends with another."""
+
 _ASKING = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -29,6 +33,16 @@ def refuse_restart(run_dir: Path) -> str | None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         stopped.unlink(missing_ok=True)
     return "this launch was asked to stop before" if stopped.is_file() else None
+
+
+def ask_for_requeue(process: Process) -> int:
+    """Tell the launcher that this run was asked to stop and can go on; returns the exit code."""
+    path = os.environ.get(REQUEUE_FILE)
+    if path is None:
+        return REQUEUE
+    if process.is_main:
+        Path(path).touch()
+    return 0
 
 
 class StopRequests:

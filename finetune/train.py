@@ -17,6 +17,7 @@ from finetune.data.chunks import ChunkEncoder
 from finetune.data.clip_sources import ClipSource, joined, mixed, read_clip_sources, recordings_in
 from finetune.data.clips import Clip, ClipEncoder, Encoder, PreparedClips
 from finetune.data.interleaver import TextTokens
+from finetune.data.order import Sampling
 from finetune.data.prepared import WHOLE, PreparedSet
 from finetune.distributed import Process, share, start, stop, tell_lost, wait_for_all
 from finetune.loss import LossModel
@@ -26,7 +27,7 @@ from finetune.resume import find_resume_point
 from finetune.run_dir import Metrics, RunLog, create_run_dir, go_back, start_logging
 from finetune.sharded_build import build_sharded
 from finetune.sharding import make_mesh
-from finetune.signals import REQUEUE, STOPPED, StoppedBySignal, StopRequests, refuse_restart
+from finetune.signals import STOPPED, StoppedBySignal, StopRequests, ask_for_requeue, refuse_restart
 from finetune.trainer import Parts, Trainer
 from inference.stream import read_recording
 from moshi_ttt.building import WeightFiles, build_model
@@ -108,8 +109,9 @@ def make_batches(
 ) -> Batches:
     """This process's batches without end: clips in any order, or recordings chunk by chunk."""
     clips, carried = joined(sources), config.ttt.persistent_states
-    order = (config.seed, config.data.shuffle, process.rank, process.world_size)
     mix = mixed(sources, config.seed, config.data.shuffle, by_recording=carried)
+    order = (config.seed, config.data.shuffle, process.rank, process.world_size, mix)
+    sampling = Sampling(config.batch_size, *order)
     # A step takes all its micro-batches at once; those of the next are read while it computes.
     workers = config.data.workers if all(isinstance(s.clips, PreparedClips) for s in sources) else 0
     ahead = config.num_microbatches + 1
@@ -121,10 +123,9 @@ def make_batches(
             len(clips),
             chunks.num_frames,
         )
-        microbatches = (config.batch_size, config.num_microbatches)
-        return chunk_batches(chunks, clips, *microbatches, *order, mix, workers, ahead)
+        return chunk_batches(chunks, clips, config.num_microbatches, sampling, workers, ahead)
     source: Encoder = ChunkEncoder(encoder) if config.encode == WHOLE else encoder
-    return training_batches(source, clips, config.batch_size, *order, mix, workers, ahead)
+    return training_batches(source, clips, sampling, workers, ahead)
 
 
 def train(config: TrainConfig, process: Process) -> Path:
@@ -193,7 +194,7 @@ def main(config: DictConfig) -> None:
     try:
         train(typed, process)
     except StoppedBySignal:
-        sys.exit(REQUEUE)
+        sys.exit(ask_for_requeue(process))
     except RuntimeError as error:
         tell_lost(error, process)
         raise

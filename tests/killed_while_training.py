@@ -1,16 +1,19 @@
-"""Trains one run that is killed by SIGKILL at random moments, many times, and looks at what each leaves.
+"""Trains runs that are killed by SIGKILL at random moments, and looks at what each kill leaves.
 
-`python -m killed_while_training FOLDER KILLS [SEED]` prints a line for each kill and fails at the first
-unreadable checkpoint, the first step lost that was done before the last checkpoint but one, or an end that
-is not that of the same run uninterrupted. Evaluations and checkpoints take turns with steps.
+`python -m killed_while_training FOLDER KILLS [RUNS [SEED]]` kills each of RUNS (1) so often and prints a line
+for each kill. It fails at the first unreadable checkpoint, the first step lost that was done before the last
+checkpoint but one, or an end that is not that of the same run uninterrupted. Evaluations and checkpoints take
+turns with steps.
 """
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -62,37 +65,55 @@ def look(run_dir: Path) -> int:
     return int(saved[-1].name.removeprefix("checkpoint_")) if saved else 0
 
 
-def main(folder: Path, kills: int, seed: int = 0) -> None:
+@dataclass
+class Toll:
+    """What kills have cost: how many came in which moment, and the most steps that one lost."""
+
+    moments: Counter[str] = field(default_factory=Counter)
+    most: int = 0
+
+
+def kill_once(config: TrainConfig, draw: random.Random, toll: Toll) -> bool:
+    """Start a run or go on with it, and kill it; False where it came to its end before."""
+    run_dir = Path(config.run_dir)
+    before, told = look(run_dir), len(log_lines(run_dir))
+    child = started(config)
+    # A step at least, so that the run comes to its end.
+    while not any("finetune.trainer: step" in line for line in log_lines(run_dir)[told:]):
+        time.sleep(0.005)
+    time.sleep(draw.random() * 0.8)
+    os.kill(child, signal.SIGKILL)
+    if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        return False
+    done, saved, moment = steps_done(run_dir), look(run_dir), moment_of(run_dir)
+    toll.moments[moment] += 1
+    toll.most = max(toll.most, done - saved)
+    print(f"kill {toll.moments.total()} in {moment}: step {done} done, step {saved} saved", flush=True)
+    assert saved >= before
+    # While the checkpoint of a step is being written, the one before it is the last.
+    assert done - saved < 2 * EVERY, "more is lost than the steps since the last checkpoint"
+    return True
+
+
+def main(folder: Path, kills: int, runs: int = 1, seed: int = 0) -> None:
     torch.set_num_threads(1)  # a fork takes one thread along
-    draw = random.Random(seed)
-    whole, killed = (settings(folder / name, 5 * kills) for name in ("whole", "killed"))
-    assert os.waitpid(started(whole), 0)[1] == 0
-    run_dir = folder / "killed"
-    most, moments = 0, Counter()
-    while moments.total() < kills:
-        before, told = look(run_dir), len(log_lines(run_dir))
-        child = started(killed)
-        # A step at least, so that the run comes to its end.
-        while not any("finetune.trainer: step" in line for line in log_lines(run_dir)[told:]):
-            time.sleep(0.005)
-        time.sleep(draw.random() * 0.8)
-        os.kill(child, signal.SIGKILL)
-        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
-            break  # it was done
-        done, saved, moment = steps_done(run_dir), look(run_dir), moment_of(run_dir)
-        moments[moment] += 1
-        most = max(most, done - saved)
-        print(f"kill {moments.total()} in {moment}: step {done} done, step {saved} saved")
-        assert saved >= before
-        # While the checkpoint of a step is being written, the one before it is the last.
-        assert done - saved < 2 * EVERY, "more is lost than the steps since the last checkpoint"
-    assert os.waitpid(started(killed), 0)[1] == 0
-    assert losses(run_dir) == losses(folder / "whole")
-    evaluated = [[r["loss"] for r in records(run, "valid")] for run in (run_dir, folder / "whole")]
-    assert evaluated[0] == evaluated[1]
+    draw, toll = random.Random(seed), Toll()
+    assert os.waitpid(started(settings(folder / "whole", 5 * kills)), 0)[1] == 0
+    for number in range(runs):
+        config = settings(folder / f"killed_{number}", 5 * kills)
+        left = kills
+        while left and kill_once(config, draw, toll):
+            left -= 1
+        assert os.waitpid(started(config), 0)[1] == 0
+        killed, whole = Path(config.run_dir), folder / "whole"
+        assert losses(killed) == losses(whole)
+        evaluated = [[r["loss"] for r in records(run, "valid")] for run in (killed, whole)]
+        assert evaluated[0] == evaluated[1]
+        shutil.rmtree(killed)
+    found = ", ".join(f"{number} in {of}" for of, number in toll.moments.items())
     print(
-        f"{moments.total()} kills ({', '.join(f'{number} in {of}' for of, number in moments.items())}): "
-        f"at most {most} steps lost, 0 unreadable checkpoints"
+        f"{toll.moments.total()} kills ({found}) of {runs} runs: at most {toll.most} steps lost, "
+        "0 unreadable checkpoints"
     )
 
 

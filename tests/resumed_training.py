@@ -1,4 +1,4 @@
-"""What `test_resume.py` runs in two processes: go on from a checkpoint, and write what was found there.
+"""What `test_resume.py` runs in several processes: go on from a checkpoint, and write what was found there.
 
 `python -m resumed_training FOLDER CASE=RUN ...` writes FOLDER/CASE/rank_NNNNN.safetensors and clips_N.json.
 """
@@ -39,8 +39,9 @@ DRAWS = 12
 
 
 def config_of(case: str, run_dir: Path, world: int, *overrides: str) -> TrainConfig:
-    """Four rows a step, whatever the number of processes: half of them in each of two micro-batches."""
-    return tiny_config(run_dir, *STEPS, *CASES[case], f"batch_size={2 // world}", *overrides)
+    """Four rows a step with any number of processes: in two micro-batches, or one with four processes."""
+    rows = ("batch_size=1", "num_microbatches=1") if world == 4 else (f"batch_size={2 // world}",)
+    return tiny_config(run_dir, *STEPS, *CASES[case], *rows, *overrides)
 
 
 def restored(config: TrainConfig, process: Process) -> Trainer:
@@ -87,7 +88,7 @@ def joined(folder: Path):
 def main(folder: Path, cases: dict[str, str]) -> None:
     process = start("cpu")
     for case, run in cases.items():
-        allow = ("resume.allow=[batch_size]", f"resume.mode={run}")
+        allow = ("resume.allow=[batch_size,num_microbatches]", f"resume.mode={run}")
         trainer = restored(config_of(case, folder / "run", process.world_size, *allow), process)
         out = folder / case
         out.mkdir(exist_ok=True)

@@ -31,6 +31,7 @@ from finetune.data.batches import training_batches
 from finetune.data.chunks import ChunkEncoder
 from finetune.data.clips import ClipEncoder, cut_clips
 from finetune.data.manifest import read_manifest
+from finetune.data.order import Sampling
 from finetune.data.sources import SourceSettings, read_sources
 from finetune.train import build_parts, main
 
@@ -367,7 +368,7 @@ def test_a_file_that_vanishes_leaves_its_place_without_targets_and_the_rest_as_i
     clips = cut_clips(read_manifest(data), 0.64)
     encoder, bad_input = encoder_of(tmp_path)
     bad_input.expect(4)
-    draws = [lambda r=rank: training_batches(encoder, clips, 2, 0, True, r, 2) for rank in (0, 1)]
+    draws = [lambda r=rank: training_batches(encoder, clips, Sampling(2, 0, True, r, 2)) for rank in (0, 1)]
     before = [[next(batches) for _ in range(2)] for batches in (draw() for draw in draws)]
     (data.parent / "3.wav").unlink()
     encoder, _ = encoder_of(tmp_path)

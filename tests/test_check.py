@@ -4,11 +4,13 @@ import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from data_sets import (
     MAIN,
     SAMPLE,
@@ -23,8 +25,11 @@ from data_sets import (
 from training import compose_config
 
 from configs.typed import typed_config
+from finetune.data.audio import check_audio
 from finetune.data.check import CheckConfig, check
+from finetune.data.entries import BadEntry, Source, list_sources
 from finetune.data.findings import Problem
+from finetune.data.levels import measure
 from finetune.data.summary import Summary
 from finetune.data.voice import VoiceConfig, frame_power, voiced
 
@@ -309,6 +314,47 @@ def test_what_training_reads_is_checked(tmp_path):
     assert rows(mono)["stereo and mono"] == "0 and 1"
     with pytest.raises(ValueError, match=f"data {tmp_path / 'c.jsonl'} does not exist"):
         checked(Path(f"{first}:0.7,{tmp_path / 'c.jsonl'}:0.3"), f"output={tmp_path / 'page.html'}")
+
+
+def test_a_prepared_folder_is_no_audio(tmp_path):
+    (tmp_path / "prepared.json").write_text("{}")
+    (tmp_path / "sources.jsonl").write_text('{"path": "a.wav"}\n')
+    with pytest.raises(ValueError, match="is a prepared folder, which holds no audio; give the list it was"):
+        checked(tmp_path, f"output={tmp_path / 'page.html'}")
+
+
+def test_data_is_named_as_in_training(tmp_path):
+    data = copy_sample(tmp_path / "a, b:c", (1,))
+    recording = data.parent / "dialogue_1.flac"
+    data.write_text(data.read_text() + '{"path": "x.wav", "duration": ' + "9" * 5000 + "}\n")
+    source, bad = list_sources(data)
+    assert source == Source(recording, f"{data}:1", source.duration_sec)
+    assert isinstance(bad, BadEntry)
+    assert bad.where == f"{data}:2"
+    plain = data.parent.rename(tmp_path / "plain")
+    # Of a folder of one voice, lists in it are not read.
+    assert [s.where for s in list_sources(f"mono:{plain}:0.3")] == [str(plain)]
+    with pytest.raises(ValueError, match="is no source; expected PATH or PATH:WEIGHT"):
+        list_sources(f"{plain}:0.3:x")
+
+
+def test_memory_does_not_grow_with_the_audio(tmp_path):
+    """Of an hour it grows by the levels: a few bytes for each of 20 ms."""
+
+    def peak(minutes: int, look: Callable[[Path], object]) -> int:
+        path = tmp_path / f"{minutes}.wav"
+        if not path.exists():
+            soundfile.write(path, np.zeros((minutes * 60 * 8000, 2), np.int16), 8000)
+        tracemalloc.start()
+        look(path)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    short, long = peak(1, measure), peak(60, measure)
+    assert long - short < 59 * 60 * 50 * 2 * 24
+    short, long = (peak(minutes, lambda path: check_audio(path, 2)) for minutes in (1, 60))
+    assert long - short < 100_000
 
 
 def test_a_recording_that_is_in_train_and_valid(tmp_path):

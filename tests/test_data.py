@@ -20,7 +20,7 @@ from finetune.data.interleaver import (
     words_in_clip,
 )
 from finetune.data.manifest import Recording, Word, read_manifest
-from finetune.data.order import clip_order
+from finetune.data.order import Sampling, clip_order
 from moshi_ttt.loading import load_mimi, load_tokenizer
 
 P, E, Z = 3, 0, -1  # padding, end of padding, no target
@@ -376,9 +376,10 @@ def test_the_order_continues_exactly_from_any_position(start):
 def test_processes_share_one_global_order(encoder, world):
     clips = cut_clips(read_manifest(SAMPLE / "train.jsonl"), 2.56)
     one = encoder(2.56)
-    alone = take(training_batches(one, clips, 4, 5, True, rank=0, world=1), 12)
+    alone = take(training_batches(one, clips, Sampling(4, 5)), 12)
     ranks = [
-        take(training_batches(one, clips, 4 // world, 5, True, rank, world), 12) for rank in range(world)
+        take(training_batches(one, clips, Sampling(4 // world, 5, True, rank, world)), 12)
+        for rank in range(world)
     ]
     for whole, *shares in zip(alone, *ranks, strict=True):
         # Process r holds positions r, r + world, ... of the batch that one process has.
@@ -390,4 +391,4 @@ def test_processes_share_one_global_order(encoder, world):
 
 def test_training_without_clips_is_an_error(encoder):
     with pytest.raises(ValueError, match="there are no clips to train on"):
-        next(training_batches(encoder(2.56), [], 2, 0, True, 0, 1))
+        next(training_batches(encoder(2.56), [], Sampling(2, 0)))

@@ -4,18 +4,25 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
+from huggingface_hub import constants, file_download
 from test_distributed import free_port
 from training import ROOT, TINY, losses, own_logging, records, run, run_python, start_python
 
+from finetune.distributed import Process
 from finetune.saving import RESUME, RESUME_MANIFEST
-from finetune.signals import REQUEUE, StoppedBySignal
+from finetune.signals import REQUEUE, StoppedBySignal, ask_for_requeue
 from moshi_ttt.checkpoint import saved_checkpoints, verify_files
+from moshi_ttt.tiny_model import tiny_model_folder
 
 MANY = ("max_steps=60", "checkpoint.every_steps=50", "mode=ttt", "lora.enable=false", "resume.mode=auto")
 
@@ -115,6 +122,17 @@ def test_a_signal_to_one_process_stops_all_at_one_step(two, tmp_path):
     assert "another process was asked to stop after step" in printed[0]
 
 
+def test_who_is_told_of_a_launcher_leaves_it_a_word_instead_of_a_code(tmp_path, monkeypatch):
+    word = tmp_path / "requeue"
+    main, other = (Process(rank, 2, torch.device("cpu")) for rank in (0, 1))
+    assert [ask_for_requeue(process) for process in (main, other)] == [75, 75]
+    monkeypatch.setenv("MOSHI_TTT_REQUEUE_FILE", str(word))
+    assert ask_for_requeue(other) == 0
+    assert not word.exists()
+    assert ask_for_requeue(main) == 0
+    assert word.exists()
+
+
 def test_a_process_that_loses_another_ends_within_a_minute_and_says_so(two):
     two[1].kill()
     killed = time.monotonic()
@@ -190,6 +208,50 @@ def test_a_checkpoint_cut_short_by_the_disk_leaves_the_one_before(tmp_path):
     verify_files(saved / "consolidated")
     verify_files(saved / RESUME, RESUME_MANIFEST)
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [saved.name]
+
+
+@pytest.fixture
+def unreachable_hub(tmp_path, monkeypatch):
+    """A hub that hangs up on whoever calls, whose cache has the tiny model from before; the calls it got."""
+    repo, commit = tmp_path / "hub/models--some--moshi", "0123456789abcdef" * 2 + "01234567"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(commit)
+    (repo / "snapshots").mkdir()
+    (repo / "snapshots" / commit).symlink_to(tiny_model_folder())
+    calls = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up():
+            with suppress(OSError):  # the test is done
+                while True:
+                    connection, caller = server.accept()
+                    calls.append(caller)
+                    connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        url = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(repo.parent))
+        # It waits for 23 s in all between its calls for a file.
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        huggingface_hub.utils.reset_sessions()
+        yield calls
+        server.shutdown(socket.SHUT_RDWR)
+    huggingface_hub.utils.reset_sessions()
+
+
+def test_the_hub_out_of_reach_stops_no_training_and_no_resumption(unreachable_hub, tmp_path):
+    for steps in (2, 3):
+        before = len(unreachable_hub)
+        settings = ("model.source=some/moshi", f"max_steps={steps}", "resume.allow=[max_steps]")
+        run(tmp_path / "run", *MANY[2:], *settings)
+        assert len(unreachable_hub) > before
+    assert len(losses(tmp_path / "run")) == 3
+    assert "resumed from" in (tmp_path / "run/train.log").read_text()
+    assert [path.name[-1] for path in saved_checkpoints(tmp_path / "run")] == ["2", "3"]
 
 
 def test_wandb_out_of_reach_stops_no_training(tmp_path, monkeypatch):

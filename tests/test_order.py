@@ -14,7 +14,7 @@ from finetune.data.chunks import ChunkEncoder, by_recording
 from finetune.data.clips import Clip, ClipEncoder, PreparedClips, cut_clips
 from finetune.data.interleaver import TextLayout, text_slice, text_stream
 from finetune.data.manifest import Recording, Word
-from finetune.data.order import ClipDraw, EndlessOrder, Permutation, RowDraw
+from finetune.data.order import ClipDraw, EndlessOrder, Permutation, RowDraw, Sampling
 from finetune.data.prepared import PreparedSet
 from moshi_ttt.loading import load_mimi, load_tokenizer
 
@@ -87,7 +87,9 @@ def test_no_chunk_is_dropped_or_doubled(lengths, layout, seed, shuffle):
     batch_size, slots, world = layout
     chunks = recordings_of(lengths)
     recordings = by_recording(chunks)
-    draws = [RowDraw(recordings, batch_size, slots, seed, shuffle, rank, world) for rank in range(world)]
+    draws = [
+        RowDraw(recordings, slots, Sampling(batch_size, seed, shuffle, rank, world)) for rank in range(world)
+    ]
     epochs = 3
     num_rows = batch_size * slots * world
     rows: list[list[Clip]] = [[] for _ in range(num_rows)]
@@ -126,11 +128,15 @@ def test_a_position_goes_on_with_any_number_of_processes(lengths, layouts, seed,
 
     def rows_of(layout):
         batch, slots, world = layout
-        return [RowDraw(recordings, batch, slots, seed, True, rank, world) for rank in range(world)], slots
+        return [
+            RowDraw(recordings, slots, Sampling(batch, seed, True, rank, world)) for rank in range(world)
+        ], slots
 
     def clips_of(layout):
         batch, slots, world = layout
-        return [ClipDraw(chunks, batch * slots, seed, True, rank, world) for rank in range(world)], 1
+        return [
+            ClipDraw(chunks, Sampling(batch * slots, seed, True, rank, world)) for rank in range(world)
+        ], 1
 
     def step(draws, slots, interleaved):
         drawn = [[draw.draw() for draw in draws] for _ in range(slots)]
@@ -153,25 +159,25 @@ def test_a_position_goes_on_with_any_number_of_processes(lengths, layouts, seed,
 
 def test_a_position_within_a_step_goes_on_with_the_same_micro_batches():
     recordings = by_recording(recordings_of([2, 3, 1]))
-    one = RowDraw(recordings, 1, 4, 0, True, 0, 1)
+    one = RowDraw(recordings, 4, Sampling(1, 0))
     one.draw()
     state = one.state_dict()
-    other = RowDraw(recordings, 1, 4, 0, True, 0, 1)
+    other = RowDraw(recordings, 4, Sampling(1, 0))
     other.load_state_dict(state)
     assert [one.draw() for _ in range(9)] == [other.draw() for _ in range(9)]
     with pytest.raises(ValueError, match="is 1 rows into a step, which is within a micro-batch of this run"):
-        RowDraw(recordings, 2, 2, 0, True, 0, 1).load_state_dict(state)
+        RowDraw(recordings, 2, Sampling(2, 0)).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
-    "changed, name", [({"seed": 1}, "seed"), ({"data": "other"}, "data"), ({"batch_size": 3}, "rows")]
+    "sampling, data, name",
+    [(Sampling(2, 1), "this", "seed"), (Sampling(2, 0), "other", "data"), (Sampling(3, 0), "this", "rows")],
 )
-def test_a_position_of_something_else_is_refused(changed, name):
+def test_a_position_of_something_else_is_refused(sampling, data, name):
     recordings = by_recording(recordings_of([2, 3, 1]))
-    given = {"batch_size": 2, "num_microbatches": 1, "seed": 0, "shuffle": True, "rank": 0, "world": 1}
-    state = RowDraw(recordings, **given, data="this").state_dict()
+    state = RowDraw(recordings, 1, Sampling(2, 0), "this").state_dict()
     with pytest.raises(ValueError, match=f"the saved position in the data is of {name}="):
-        RowDraw(recordings, **{**given, "data": "this", **changed}).load_state_dict(state)
+        RowDraw(recordings, 1, sampling, data).load_state_dict(state)
 
 
 @pytest.fixture(scope="module")
@@ -209,11 +215,11 @@ def test_threads_and_processes_change_nothing(prepared, encoder, world, workers,
     def make(batch, slots, world, workers):
         ranks = range(world)
         clips = [
-            training_batches(encoder, prepared, batch * slots, seed, True, r, world, workers=workers)
+            training_batches(encoder, prepared, Sampling(batch * slots, seed, True, r, world), workers)
             for r in ranks
         ]
         rows = [
-            chunk_batches(encoder, prepared, batch, slots, seed, True, r, world, workers=workers)
+            chunk_batches(encoder, prepared, slots, Sampling(batch, seed, True, r, world), workers)
             for r in ranks
         ]
         return clips, rows

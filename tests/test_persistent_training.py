@@ -26,7 +26,7 @@ from finetune.data.chunks import ChunkEncoder, by_recording
 from finetune.data.clips import cut_clips
 from finetune.data.interleaver import text_stream
 from finetune.data.manifest import read_manifest
-from finetune.data.order import chunk_order
+from finetune.data.order import Sampling, chunk_order
 from finetune.loss import LossWeights, loss_sums, weighted_targets
 from finetune.run_dir import Metrics
 from finetune.train import ClipSource, build_parts, make_batches
@@ -115,7 +115,7 @@ def test_rows_are_the_same_however_they_are_spread(tmp_path, recordings):
 
     def drawn(batch_size, num_microbatches, world, steps=5):
         ranks = [
-            chunk_batches(encoder, chunks, batch_size, num_microbatches, 3, True, rank, world)
+            chunk_batches(encoder, chunks, num_microbatches, Sampling(batch_size, 3, True, rank, world))
             for rank in range(world)
         ]
         return [

@@ -23,7 +23,9 @@ from finetune.data.clips import ClipEncoder, PreparedClips, cut_clips
 from finetune.data.codec import RECORDINGS_AT_ONCE, batches_of, encode_whole
 from finetune.data.interleaver import TextLayout
 from finetune.data.manifest import Word, read_manifest
-from finetune.data.prepared import PreparedSet, is_prepared
+from finetune.data.order import Sampling
+from finetune.data.places import is_prepared
+from finetune.data.prepared import PreparedSet
 from finetune.data.shard import Encoded, Shard, shard_bytes, write_atomically
 from finetune.train import read_clips
 from moshi_ttt.digest import sha256
@@ -71,8 +73,8 @@ def test_chunks_from_shards_are_those_from_audio(recordings, whole, encoder, dur
     shards = PreparedClips(PreparedSet(whole), duration_sec)
     assert len(audio) == len(shards)
     for make in (
-        lambda clips: chunk_batches(chunks, clips, 2, 2, 3, True, 0, 1),
-        lambda clips: training_batches(chunks, clips, 3, 3, True, 0, 1),
+        lambda clips: chunk_batches(chunks, clips, 2, Sampling(2, 3)),
+        lambda clips: training_batches(chunks, clips, Sampling(3, 3)),
     ):
         assert_same_batches(make(audio), make(shards), 40)
 
@@ -82,7 +84,7 @@ def test_clips_from_shards_are_those_from_audio(recordings, crops, encoder):
     audio = cut_clips(read_manifest(recordings), CHUNK_SEC)
     shards = PreparedClips(PreparedSet(crops), CHUNK_SEC)
     assert len(audio) == len(shards) == 11
-    one, other = (training_batches(clips, data, 3, 3, True, 0, 1) for data in (audio, shards))
+    one, other = (training_batches(clips, data, Sampling(3, 3)) for data in (audio, shards))
     assert_same_batches(one, other, 20)
     whole_codes = ChunkEncoder(clips).encode(audio).codes
     assert not torch.equal(clips.encode(audio).codes, whole_codes)  # they are two things indeed

@@ -14,6 +14,7 @@ from resumed_training import CASES, DRAWS, STEPS, clips_drawn, config_of, joined
 from test_distributed import free_port
 from training import CPU, ROOT, TINY, losses, own_logging, records, start_python, train_here
 
+from finetune.plan import build_on_meta, checkpoint_bytes
 from finetune.saving import RESUME_MANIFEST
 from moshi_ttt.checkpoint import saved_checkpoints
 
@@ -60,25 +61,37 @@ def runs(private_cache, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def loaded(runs):
-    """What two processes find in the checkpoints of one."""
-    folder = runs / "loaded"
+def load_with(world, folder, cases):
+    """Let so many processes write to `folder` what they find in checkpoints."""
     folder.mkdir()
-    cases = [f"{case}={runs / case}/checkpoints/checkpoint_000007" for case in CASES]
-    script = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
+    points = [f"{case}={run}/checkpoints/checkpoint_000007" for case, run in cases.items()]
+    script = ("-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={free_port()}")
     process = start_python(
-        *script, "-m", "resumed_training", str(folder), *cases, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"
+        *script, "-m", "resumed_training", str(folder), *points, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"
     )
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     return folder
 
 
+@pytest.fixture(scope="module")
+def loaded(runs):
+    """What two processes find in the checkpoints of one."""
+    return load_with(2, runs / "loaded", {case: runs / case for case in CASES})
+
+
 def comparable(run_dir):
     """All metrics but times."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith(("_sec", "_per_s"))} for line in lines]
+
+
+@pytest.mark.parametrize("name, world", [("clips", 1), ("carried", 1), ("two", 2)])
+def test_a_checkpoint_is_as_large_as_planned(runs, name, world):
+    config = config_of("clips" if name == "clips" else "carried", runs / name, world)
+    folder = runs / name / "checkpoints/checkpoint_000014"
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert written == pytest.approx(checkpoint_bytes(config, build_on_meta(config), world), rel=0.05)
 
 
 def cut_back(whole, run_dir):
@@ -144,6 +157,20 @@ def test_no_clip_is_seen_twice_or_skipped_with_another_number_of_processes(runs,
     assert len(expected) == DRAWS
     for step, one, other in zip(expected, *ranks, strict=True):
         assert Counter(step) == Counter(one + other)
+
+
+def test_four_processes_load_and_go_on_with_what_two_have_saved(runs, tmp_path):
+    found = load_with(4, tmp_path / "four", {"carried": runs / "two"}) / "carried"
+    point = runs / "two/checkpoints/checkpoint_000007"
+    saved, loaded = joined(point / "resume"), joined(found)
+    assert loaded.keys() == saved.keys()
+    assert any(name.startswith("carried/") for name in saved)
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
+    _, expected = drawn_by_one("carried", point, tmp_path)
+    ranks = [json.loads((found / f"clips_{rank}.json").read_text()) for rank in range(4)]
+    assert {len(clips) for rank in ranks for clips in rank} == {1}
+    for step, *parts in zip(expected, *ranks, strict=True):
+        assert Counter(step) == Counter(sum(parts, []))
 
 
 def test_one_process_loads_and_goes_on_with_what_two_have_saved(runs, tmp_path):

@@ -17,8 +17,9 @@ from finetune.data.audio import read_samples, user_samples
 from finetune.data.bad_input import BadInput
 from finetune.data.mixing import MixedOrder, mixed_order, per_recording
 from finetune.data.order import clip_order
+from finetune.data.places import parse_places
 from finetune.data.recording import UserChannel
-from finetune.data.sources import SourceSettings, parse_places, read_sources
+from finetune.data.sources import SourceSettings, read_sources
 
 AUDIO = dialogue(4)[96000:134400]  # 1.6 s of speech
 

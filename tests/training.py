@@ -20,6 +20,7 @@ from finetune.config import TrainConfig, to_typed
 from finetune.data.batches import training_batches
 from finetune.data.clips import Batch, cut_clips
 from finetune.data.manifest import read_manifest
+from finetune.data.order import Sampling
 from finetune.distributed import Process
 from finetune.run_dir import Metrics, create_run_dir
 from finetune.train import build_parts, train
@@ -94,7 +95,7 @@ def trained_parts(run_dir: Path, *overrides: str) -> Parts:
     parts = build_parts(config, [], CPU)
     create_run_dir(config)
     clips = cut_clips(read_manifest(config.data.train), config.duration_sec)
-    batches = training_batches(parts.encoder, clips, config.batch_size, config.seed, True, 0, 1)
+    batches = training_batches(parts.encoder, clips, Sampling(config.batch_size, config.seed))
     Trainer(config, parts, batches, CPU, run_dir, Metrics(run_dir, config)).train()
     parts.model.eval()
     return parts

@@ -83,10 +83,15 @@ class AnnotateConfig:
     """File for what went wrong, a JSON object a line. None is NAME.annotate-INDEX-of-COUNT.ndjson beside the
     list, or in the folder of audio."""
 
+    @property
+    def policies(self) -> dict[str, str]:
+        """What becomes of a transcript, by what `_state_of` says that it is."""
+        return {"missing": "redo", "same": "keep", "changed": self.changed, "foreign": self.foreign}
+
     def validate(self) -> None:
-        for name in ("changed", "foreign"):
-            if getattr(self, name) not in POLICIES:
-                raise ValueError(f"{name} must be one of {', '.join(POLICIES)}; got {getattr(self, name)!r}")
+        for name, policy in self.policies.items():
+            if policy not in POLICIES:
+                raise ValueError(f"{name} must be one of {', '.join(POLICIES)}; got {policy!r}")
         if self.main_speaker == self.user_speaker:
             raise ValueError(f"main_speaker and user_speaker are both {self.main_speaker!r}; give two labels")
 
@@ -194,8 +199,10 @@ def _find_tasks(
         try:
             content = _read_transcript(transcript)
             state = _state_of(content, settings)
-            _refuse(config, transcript, state, content, settings)
-            if state == "same" or getattr(config, state, None) == "keep":
+            policy = config.policies[state]
+            if policy == "refuse":
+                raise ValueError(_refusal(transcript, state, content, settings))
+            if policy == "keep":
                 kept[state] += 1
                 continue
             info = soundfile.info(str(entry.path))
@@ -236,22 +243,20 @@ def _state_of(content: dict[str, Any], settings: dict[str, Any]) -> str:
     return "same" if annotation["settings"] == settings else "changed"
 
 
-def _refuse(
-    config: AnnotateConfig, path: Path, state: str, content: dict[str, Any], settings: dict[str, Any]
-) -> None:
-    if state == "foreign" and config.foreign == "refuse":
-        raise ValueError(f"{path} was made by something else; set foreign=keep or foreign=redo")
-    if state == "changed" and config.changed == "refuse":
-        old = content["annotation"]["settings"]
-        differences = [
-            f"{name} was {old.get(name)}, is {settings.get(name)}"
-            for name in sorted(old.keys() | settings.keys())
-            if old.get(name) != settings.get(name)
-        ]
-        raise ValueError(
-            f"{path} was made with other settings ({'; '.join(differences)}); set changed=redo to make such "
-            "transcripts anew, or changed=keep to have both in one data set"
-        )
+def _refusal(path: Path, state: str, content: dict[str, Any], settings: dict[str, Any]) -> str:
+    if state == "foreign":
+        return f"{path} was made by something else; set foreign=keep or foreign=redo"
+    assert state == "changed"
+    old = content["annotation"]["settings"]
+    differences = [
+        f"{name} was {old.get(name)}, is {settings.get(name)}"
+        for name in sorted(old.keys() | settings.keys())
+        if old.get(name) != settings.get(name)
+    ]
+    return (
+        f"{path} was made with other settings ({'; '.join(differences)}); set changed=redo to make such "
+        "transcripts anew, or changed=keep to have both in one data set"
+    )
 
 
 def _transcribe_all(

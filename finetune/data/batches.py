@@ -9,7 +9,7 @@ from typing import Any
 from finetune.data.chunks import ChunkEncoder, by_recording
 from finetune.data.clips import Batch, Clip, Encoder, PreparedClips
 from finetune.data.joined import Joined
-from finetune.data.order import ClipDraw, Draw, Order, RowDraw
+from finetune.data.order import ClipDraw, Draw, RowDraw, Sampling
 from finetune.data.prepared import INDEX
 
 
@@ -90,32 +90,17 @@ def data_digest(clips: Sequence[Clip]) -> str:
 
 
 def training_batches(
-    encoder: Encoder,
-    clips: Sequence[Clip],
-    batch_size: int,
-    seed: int,
-    shuffle: bool,
-    rank: int,
-    world: int,
-    mix: Order | None = None,
-    workers: int = 0,
-    ahead: int = 2,
+    encoder: Encoder, clips: Sequence[Clip], sampling: Sampling, workers: int = 0, ahead: int = 2
 ) -> Batches:
     """Batches of clips that stand alone. Process r of w gets clips r, r + w, ... of one global order."""
-    draw = ClipDraw(clips, batch_size, seed, shuffle, rank, world, data_digest(clips), mix)
-    return Batches(draw, encoder, workers, ahead)
+    return Batches(ClipDraw(clips, sampling, data_digest(clips)), encoder, workers, ahead)
 
 
 def chunk_batches(
     encoder: ChunkEncoder,
     chunks: Sequence[Clip],
-    batch_size: int,
     num_microbatches: int,
-    seed: int,
-    shuffle: bool,
-    rank: int,
-    world: int,
-    mix: Order | None = None,
+    sampling: Sampling,
     workers: int = 0,
     ahead: int = 2,
 ) -> Batches:
@@ -123,15 +108,5 @@ def chunk_batches(
 
     The rows of a step are the same however they are spread over micro-batches and processes.
     """
-    draw = RowDraw(
-        by_recording(chunks),
-        batch_size,
-        num_microbatches,
-        seed,
-        shuffle,
-        rank,
-        world,
-        data_digest(chunks),
-        mix,
-    )
+    draw = RowDraw(by_recording(chunks), num_microbatches, sampling, data_digest(chunks))
     return Batches(draw, encoder, workers, ahead)

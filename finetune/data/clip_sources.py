@@ -8,8 +8,9 @@ from finetune.data.bad_input import BadInput
 from finetune.data.clips import Clip, PreparedClips, cut_clips
 from finetune.data.joined import Joined
 from finetune.data.mixing import MixedOrder, per_recording
-from finetune.data.prepared import PreparedSet, is_prepared
-from finetune.data.sources import SourceSettings, parse_places, read_places
+from finetune.data.places import is_prepared, parse_places
+from finetune.data.prepared import PreparedSet, lost_message
+from finetune.data.sources import SourceSettings, read_places
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,22 @@ def read_clip_sources(
             raise ValueError(f"mono:{place.path} is a prepared folder, which holds both streams; drop mono:")
         prepared = PreparedSet(place.path)
         require(prepared)
-        bad_input.expect(len(prepared))
+        expect_prepared(prepared, bad_input)
         logger.info("%s: %d recordings, %.1f h", place.path, len(prepared), prepared.manifest["hours"])
         sources.append(ClipSource(place.weight, PreparedClips(prepared, duration_sec)))
     return sources
+
+
+def expect_prepared(prepared: PreparedSet, bad_input: BadInput) -> None:
+    """Count the recordings of a prepared folder, and those that could not be read when it was made.
+
+    Raises:
+        ValueError: there may be none of these, or not so many.
+    """
+    bad_input.expect(len(prepared))
+    for name in prepared.lost:
+        bad_input.skip(name, ValueError(lost_message(name, prepared)))
+    bad_input.require_enough()
 
 
 def mixed(sources: Sequence[ClipSource], seed: int, shuffle: bool, by_recording: bool) -> MixedOrder | None:

@@ -59,7 +59,7 @@ class CheckLimits:
     """Less voice than this says nothing about the rate."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """What to check about one recording.
 
@@ -73,7 +73,7 @@ class Job:
     voice: VoiceConfig
 
 
-@dataclass
+@dataclass(slots=True)
 class Problem:
     """Something wrong at a second of a file.
 
@@ -89,7 +89,7 @@ class Problem:
     speaker: str | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class ChannelMeasures:
     """Levels are in dB of full scale; None where there is nothing to measure.
 
@@ -106,7 +106,7 @@ class ChannelMeasures:
     words: int
 
 
-@dataclass
+@dataclass(slots=True)
 class Checked:
     """A recording's measures and problems. The shares are of its duration.
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from finetune.data.bad_input import BadInput
+from finetune.data.places import MANIFEST, PLAN
 from finetune.data.prepared import (
     FORMAT,
     INDEX,
-    MANIFEST,
-    PLAN,
     SOURCES,
     missing_shards,
     shard_name,
@@ -21,11 +21,13 @@ from finetune.data.shard import Shard, write_atomically
 from moshi_ttt.digest import sha256
 
 
-def join(folder: Path) -> Path:
+def join(folder: Path, on_error: str = "raise", max_error_fraction: float = 0.0) -> Path:
     """Write sources, index and, last of all, the manifest; returns its path.
 
+    Args:
+        on_error, max_error_fraction: whether shards may lack what could not be read; see `BadInput`.
     Raises:
-        ValueError: shards are missing, damaged or of another plan.
+        ValueError: shards are missing, damaged or of another plan, or lack more recordings than they may.
     """
     if not (folder / PLAN).is_file():
         raise ValueError(f"{folder} holds no {PLAN}; prepare recordings with data.train=LIST first")
@@ -40,6 +42,7 @@ def join(folder: Path) -> Path:
     gathered = _Gathered(folder, plan)
     for number in range(plan["shards"]):
         gathered.add(number)
+    lost = _lost(folder, gathered.sources, BadInput(on_error, max_error_fraction))
     sources = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in gathered.sources)
     write_atomically(folder / SOURCES, sources.encode())
     write_atomically(folder / INDEX, gathered.index())
@@ -49,6 +52,7 @@ def join(folder: Path) -> Path:
         "hours": sum(gathered.durations) / 3600,
         "frames": gathered.frames,
         "words": gathered.words,
+        "lost": lost,
         "files": {name: sha256(folder / name) for name in (INDEX, SOURCES)},
     }
     # Of killed tasks: all shards are there, so nobody writes one. Another task may be joining, too.
@@ -56,6 +60,20 @@ def join(folder: Path) -> Path:
         left_over.unlink(missing_ok=True)
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     return folder / MANIFEST
+
+
+def _lost(folder: Path, sources: list[dict[str, Any]], bad_input: BadInput) -> list[dict[str, Any]]:
+    """The sources of which something could not be read; ValueError if there may be none, or not so many."""
+    lost = [source for source in sources if "lost" in source]
+    bad_input.expect(len(sources))
+    for source in lost:
+        problem = f"{source['path']} was left out of {folder / shard_name(source['shard'])}: {source['lost']}"
+        remedy = (
+            "repair it and prepare the recordings in another folder, or leave it out with data.on_error=skip"
+        )
+        bad_input.skip(source["path"], ValueError(f"{problem}; {remedy}"))
+    bad_input.require_enough()
+    return [{name: source[name] for name in ("number", "path", "lost")} for source in lost]
 
 
 class _Gathered:

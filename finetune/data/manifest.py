@@ -5,12 +5,9 @@ recording: stereo, left Moshi, right the user. Paths are relative to the list. `
 holds its words (finetune/data/transcript.py).
 """
 
-import gzip
 import hashlib
 import os
 import stat
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +16,12 @@ from tqdm import tqdm
 
 from finetune.data.audio import DURATION_TOLERANCE_SEC, check_audio, read_header, require_channels
 from finetune.data.bad_input import BadInput
+from finetune.data.places import numbered_lines
 from finetune.data.recording import Recording as Recording
 from finetune.data.recording import UserChannel
 from finetune.data.recording import Word as Word
 from finetune.data.transcript import WordsOnDemand, is_time, parse_json, read_words
 
-# A line holds a path and a number. More is no list, and would be read into memory whole.
-MAX_LINE_BYTES = 1 << 20
 # 11 days. Clips of what a list calls longer would fill the memory before anything is read.
 MAX_DURATION_SEC = 1e6
 
@@ -67,7 +63,7 @@ def read_list(jsonl: Path, rules: Rules, bad_input: BadInput) -> list[Recording]
     Raises:
         ValueError: the list itself cannot be read; or a recording, as `bad_input` decides.
     """
-    lines = list(_numbered_lines(jsonl))
+    lines = list(numbered_lines(jsonl))
     if not lines:
         raise ValueError(f"data list {jsonl} is empty; expected a line for each recording")
     base = str(jsonl.resolve().parent)
@@ -81,23 +77,6 @@ def read_list(jsonl: Path, rules: Rules, bad_input: BadInput) -> list[Recording]
         except ValueError as error:
             bad_input.skip(where, ValueError(f"{where}: {error}"))
     return recordings
-
-
-def _numbered_lines(jsonl: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers from 1."""
-    number = 0
-    try:
-        with gzip.open(jsonl) if jsonl.suffix == ".gz" else jsonl.open("rb") as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"{jsonl}:{number}: a line of more than {MAX_LINE_BYTES} bytes; no list")
-                if line.strip():
-                    yield number, line
-    except FileNotFoundError as error:
-        raise ValueError(f"data list {jsonl} does not exist; expected a jsonl file or a folder") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"data list {jsonl} cannot be read after line {number} ({error})") from error
 
 
 def _read_entry(line: bytes, base: str, rules: Rules) -> Recording:

@@ -4,6 +4,7 @@ Orders take no memory that grows with the data, and their positions are plain nu
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from finetune.data.clips import Clip
@@ -113,6 +114,41 @@ class Draw(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Which clips of a global order this process draws.
+
+    Args:
+        batch_size: clips of a batch, or rows of a micro-batch, of one process.
+        seed, shuffle: the order.
+        rank, world: this process.
+        mix: the order where there are several sources; None draws from all alike.
+    """
+
+    batch_size: int
+    seed: int
+    shuffle: bool = True
+    rank: int = 0
+    world: int = 1
+    mix: Order | None = None
+
+    def order(self, size: int) -> Order:
+        """The order of so many indices."""
+        return EndlessOrder(size, self.seed, self.shuffle) if self.mix is None else self.mix
+
+    def identity(self, kind: str, data: str, **sizes: int) -> dict[str, Any]:
+        """What a saved position must agree with, beside where it is."""
+        weights = list(self.order(1).weights)
+        return {
+            "kind": kind,
+            "data": data,
+            **sizes,
+            "weights": weights,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+
 def _require_same(state: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise ValueError if a saved position is that of another order."""
     for name, value in expected.items():
@@ -128,42 +164,21 @@ class ClipDraw:
 
     Args:
         clips: all of them.
-        batch_size: clips of a batch of one process.
-        seed, shuffle: the order.
-        rank, world: this process.
+        sampling: which this process draws.
         data: what the clips are, by which a saved position is known to be of these.
-        mix: the order where there are several sources; None draws from all alike.
     """
 
-    def __init__(
-        self,
-        clips: Sequence[Clip],
-        batch_size: int,
-        seed: int,
-        shuffle: bool,
-        rank: int,
-        world: int,
-        data: str = "",
-        mix: Order | None = None,
-    ):
+    def __init__(self, clips: Sequence[Clip], sampling: Sampling, data: str = ""):
         if not len(clips):
             raise ValueError("there are no clips to train on")
-        self.clips, self.batch_size, self.rank, self.world = clips, batch_size, rank, world
-        self.order = EndlessOrder(len(clips), seed, shuffle) if mix is None else mix
-        self.identity = {
-            "kind": "clips",
-            "data": data,
-            "clips": len(clips),
-            "weights": list(self.order.weights),
-            "seed": seed,
-            "shuffle": shuffle,
-        }
+        self.clips, self.sampling, self.order = clips, sampling, sampling.order(len(clips))
+        self.identity = sampling.identity("clips", data, clips=len(clips))
         self.position = 0
 
     def draw(self) -> list[Clip]:
-        first = self.position + self.rank
-        self.position += self.batch_size * self.world
-        return [self.clips[self.order[p]] for p in range(first, self.position, self.world)]
+        first = self.position + self.sampling.rank
+        self.position += self.sampling.batch_size * self.sampling.world
+        return [self.clips[self.order[p]] for p in range(first, self.position, self.sampling.world)]
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.identity, "position": self.position}
@@ -181,48 +196,33 @@ class RowDraw:
 
     Args:
         recordings: the chunks of each recording.
-        batch_size: rows of a micro-batch of one process.
         num_microbatches: micro-batches of a step.
-        seed, shuffle: the order of recordings.
-        rank, world: this process.
+        sampling: which rows are this process's, and the order of recordings.
         data: what the recordings are, by which a saved position is known to be of these.
-        mix: the order where there are several sources; None draws from all alike.
     """
 
     def __init__(
         self,
         recordings: Sequence[Sequence[Clip]],
-        batch_size: int,
         num_microbatches: int,
-        seed: int,
-        shuffle: bool,
-        rank: int,
-        world: int,
+        sampling: Sampling,
         data: str = "",
-        mix: Order | None = None,
     ):
         if not len(recordings):
             raise ValueError("there are no recordings to train on")
-        self.recordings, self.batch_size, self.num_microbatches = recordings, batch_size, num_microbatches
-        self.rank, self.world = rank, world
-        self.order = EndlessOrder(len(recordings), seed, shuffle) if mix is None else mix
-        num_rows = num_microbatches * world * batch_size
-        self.identity = {
-            "kind": "rows",
-            "data": data,
-            "recordings": len(recordings),
-            "weights": list(self.order.weights),
-            "rows": num_rows,
-            "seed": seed,
-            "shuffle": shuffle,
-        }
+        self.recordings, self.num_microbatches, self.sampling = recordings, num_microbatches, sampling
+        self.order = sampling.order(len(recordings))
+        self.slot_rows = sampling.world * sampling.batch_size  # of one micro-batch on all processes
+        num_rows = num_microbatches * self.slot_rows
+        self.identity = sampling.identity("rows", data, recordings=len(recordings), rows=num_rows)
         self.rows = [(row, 0) for row in range(num_rows)]  # position of its recording in the order, chunk
         self.following = num_rows
         self.slot = 0
 
     def draw(self) -> list[Clip]:
-        first = (self.slot * self.world + self.rank) * self.batch_size
-        clips = [self._chunk(row) for row in range(first, first + self.batch_size)]
+        size = self.sampling.batch_size
+        first = self.slot * self.slot_rows + self.sampling.rank * size
+        clips = [self._chunk(row) for row in range(first, first + size)]
         self.slot += 1
         if self.slot == self.num_microbatches:
             self.advance()
@@ -244,7 +244,7 @@ class RowDraw:
 
     def state_dict(self) -> dict[str, Any]:
         rows = [list(row) for row in self.rows]
-        drawn = self.slot * self.world * self.batch_size
+        drawn = self.slot * self.slot_rows
         return {**self.identity, "at": rows, "following": self.following, "drawn": drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,11 +254,11 @@ class RowDraw:
             ValueError: it is of other data or settings, or within a micro-batch of this run.
         """
         _require_same(state, self.identity)
-        self.slot, rest = divmod(int(state["drawn"]), self.world * self.batch_size)
+        self.slot, rest = divmod(int(state["drawn"]), self.slot_rows)
         if rest:
             raise ValueError(
                 f"the saved position is {state['drawn']} rows into a step, which is within a micro-batch of "
-                f"this run ({self.world * self.batch_size} rows on all processes); save between steps, or "
+                f"this run ({self.slot_rows} rows on all processes); save between steps, or "
                 "resume with the same batch_size"
             )
         self.rows = [(int(position), int(chunk)) for position, chunk in state["at"]]
@@ -269,6 +269,6 @@ def chunk_order(
     recordings: Sequence[Sequence[Clip]], num_rows: int, seed: int, shuffle: bool
 ) -> Iterator[list[Clip]]:
     """The chunks of all rows, step by step without end."""
-    rows = RowDraw(recordings, num_rows, 1, seed, shuffle, rank=0, world=1)
+    rows = RowDraw(recordings, 1, Sampling(num_rows, seed, shuffle))
     while True:
         yield rows.draw()

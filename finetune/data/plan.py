@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.data.bad_input import BadInput
 from finetune.data.codec import BLOCK_FRAMES
 from finetune.data.manifest import Recording
-from finetune.data.prepared import FORMAT, PER_CLIP, PLAN, WHOLE
+from finetune.data.places import PLAN
+from finetune.data.prepared import FORMAT, PER_CLIP, WHOLE
 from finetune.data.shard import write_atomically
 
 MAX_SHARD_HOURS = 1000.0
@@ -59,6 +61,7 @@ def make_plan(
     shard_hours: float,
     mimi_sha256: str,
     device: str,
+    bad_input: BadInput,
 ) -> tuple[Plan, list[list[int]]]:
     """The plan, and which recordings are in each shard: those that follow each other until it is full."""
     if encode not in (WHOLE, PER_CLIP):
@@ -84,20 +87,27 @@ def make_plan(
         device,
         len(recordings),
         len(shards),
-        list_digest(recordings),
+        list_digest(recordings, bad_input),
         BLOCK_FRAMES if whole else None,
     )
     return plan, shards
 
 
-def list_digest(recordings: Sequence[Recording]) -> str:
-    """SHA-256 of what is known of recordings without reading their audio."""
+def list_digest(recordings: Sequence[Recording], bad_input: BadInput) -> str:
+    """SHA-256 of what is known of recordings without reading their audio.
+
+    Raises:
+        ValueError: a transcript cannot be read or a file has vanished, and `bad_input` lets none pass.
+    """
     digest = hashlib.sha256()
     for recording in recordings:
-        stat = recording.path.stat()
-        about = [recording.path.name, recording.duration_sec, stat.st_size, stat.st_mtime_ns]
-        digest.update(json.dumps(about).encode())
-        digest.update(words_digest(recording).encode())
+        try:
+            stat = recording.path.stat()
+            about = [recording.path.name, recording.duration_sec, stat.st_size, stat.st_mtime_ns]
+            digest.update(json.dumps(about).encode() + words_digest(recording).encode())
+        except (OSError, ValueError) as error:
+            bad_input.lose(str(recording.path), ValueError(str(error)))
+            digest.update(f"{recording.path.name} cannot be read".encode())
     return digest.hexdigest()
 
 

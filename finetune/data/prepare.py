@@ -25,8 +25,9 @@ from finetune.data.bad_input import BadInput
 from finetune.data.config import DataConfig
 from finetune.data.encoding import Job, encoded_by, encoded_here
 from finetune.data.join import join
+from finetune.data.places import MANIFEST
 from finetune.data.plan import claim, make_plan
-from finetune.data.prepared import MANIFEST, WHOLE, PreparedSet, missing_shards, shard_name
+from finetune.data.prepared import WHOLE, PreparedSet, missing_shards, shard_name
 from finetune.data.recording import Recording
 from finetune.data.sources import all_recordings, read_sources
 from finetune.run_dir import start_logging
@@ -82,7 +83,7 @@ def prepare(config: PrepareConfig) -> Path:
     """
     folder = Path(config.output).expanduser()
     if config.mode == "join":
-        logger.info("joined: %s", join(folder))
+        logger.info("joined: %s", join(folder, config.data.on_error, config.data.max_error_fraction))
     elif config.mode == "verify":
         prepared = PreparedSet(folder)
         prepared.verify()
@@ -115,13 +116,15 @@ def encode(config: PrepareConfig, folder: Path) -> None:
         config.shard_hours,
         cached_sha256(Path(base.mimi_weights)),
         device.type,
+        bad_input,
     )
     claim(folder, plan)
+    skip = data.on_error == "skip"
     root = _common_folder(recordings) if data.root is None else Path(data.root).expanduser().resolve()
     mine = range(index, plan.shards, tasks)
     missing = set(missing_shards(folder, plan.shards))
     jobs = [
-        Job(folder / shard_name(s), plan, s, shards[s], [recordings[i] for i in shards[s]], root)
+        Job(folder / shard_name(s), plan, s, shards[s], [recordings[i] for i in shards[s]], root, skip)
         for s in mine
         if s in missing
     ]
@@ -130,12 +133,12 @@ def encode(config: PrepareConfig, folder: Path) -> None:
         *(index, tasks, len(jobs), len(mine), device),
     )
     if jobs:
-        _encode_all(jobs, config, device)
+        _encode_all(jobs, config, device, bad_input)
     missing = missing_shards(folder, plan.shards)
     if missing:
         logger.info("%d of %d shards are missing; the last task joins them", len(missing), plan.shards)
     elif jobs or not (folder / MANIFEST).is_file():
-        logger.info("joined: %s", join(folder))
+        logger.info("joined: %s", join(folder, data.on_error, data.max_error_fraction))
     else:
         logger.info("%s is whole", folder)
 
@@ -145,7 +148,12 @@ def _common_folder(recordings: Sequence[Recording]) -> Path:
     return Path(os.path.commonpath([recording.path.parent for recording in recordings]))
 
 
-def _encode_all(jobs: list[Job], config: PrepareConfig, device: torch.device) -> None:
+def _encode_all(jobs: list[Job], config: PrepareConfig, device: torch.device, bad_input: BadInput) -> None:
+    """Make shards.
+
+    Raises:
+        ValueError: a recording breaks while it is encoded, or with data.on_error=skip too many do.
+    """
     seconds = sum(recording.duration_sec for job in jobs for recording in job.recordings)
     started = time.perf_counter()
     bar = tqdm(total=round(seconds * FRAME_RATE), desc="encoding", unit="frame", disable=None, smoothing=0.02)
@@ -154,8 +162,10 @@ def _encode_all(jobs: list[Job], config: PrepareConfig, device: torch.device) ->
         encoded_here(jobs, config.model, device) if workers <= 1 else encoded_by(jobs, config.model, workers)
     )
     with bar, logging_redirect_tqdm():
-        for frames in steps:
-            bar.update(frames)
+        for progress in steps:
+            for name, reason in progress.lost.items():
+                bad_input.lose(name, ValueError(reason))
+            bar.update(progress.frames)
             rate = bar.n / max(time.perf_counter() - started, 1e-9)
             bar.set_postfix_str(f"{rate / FRAME_RATE:.1f} h/h", refresh=False)
     elapsed = time.perf_counter() - started

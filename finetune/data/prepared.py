@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from finetune.data.places import MANIFEST, PLAN
 from finetune.data.shard import Shard, TensorFile, Words
 from moshi_ttt.digest import sha256
 
 FORMAT = 1
-MANIFEST, PLAN, INDEX, SOURCES = "prepared.json", "plan.json", "index.safetensors", "sources.jsonl"
+INDEX, SOURCES = "index.safetensors", "sources.jsonl"
 PER_CLIP, WHOLE = "per_clip", "whole"
 # Shards that are mapped at once. What has been read of a shard counts as this process's memory until then.
 OPEN_SHARDS = 32
@@ -27,12 +28,6 @@ OPEN_SHARDS = 32
 def shard_name(number: int) -> str:
     """File of a shard."""
     return f"shard_{number:06d}.safetensors"
-
-
-def is_prepared(path: str | Path) -> bool:
-    """Whether a path is a folder that `finetune.data.prepare` wrote, whole or not."""
-    folder = Path(path).expanduser()
-    return (folder / MANIFEST).is_file() or (folder / PLAN).is_file()
 
 
 def missing_shards(folder: Path, number: int) -> list[int]:
@@ -61,6 +56,9 @@ class PreparedSet:
         self.index = TensorFile(index)
         self.durations = self.index["duration_sec"]
         self._require_shards()
+        # Recordings of which something could not be read when they were prepared, and why.
+        lost = self.manifest.get("lost", [])
+        self.lost: dict[str, str] = {str(self.folder / one["path"]): one["lost"] for one in lost}
         self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
     def __len__(self) -> int:
@@ -172,21 +170,45 @@ class PreparedRecording:
         return shard.num_frames(row)
 
     def codes(self, first: int, stop: int) -> torch.Tensor:
-        """Codes `[16, T]` of some frames of the whole recording; T ends with it."""
+        """Codes `[16, T]` of some frames of the whole recording; T ends with it.
+
+        Raises:
+            ValueError: it could not be read when it was prepared.
+        """
         assert self.prepared.encode == WHOLE
         shard, row = self._place
+        self._require_frames(shard.num_frames(row))
         return shard.piece(row, 0, first, stop)
 
     def crop(self, number: int) -> torch.Tensor:
-        """Codes `[16, T]` of a clip that was encoded by itself."""
+        """Codes `[16, T]` of a clip that was encoded by itself.
+
+        Raises:
+            ValueError: it could not be read when it was prepared.
+        """
         assert self.prepared.encode == PER_CLIP
         shard, row = self._place
-        return shard.piece(row, number)
+        codes = shard.piece(row, number)
+        self._require_frames(codes.shape[1])
+        return codes
+
+    def _require_frames(self, frames: int) -> None:
+        """Raise ValueError for what has none: nothing else has no frames."""
+        if not frames:
+            raise ValueError(lost_message(str(self.path), self.prepared))
 
     @property
     def _place(self) -> tuple[Shard, int]:
         index = self.prepared.index
         return self.prepared.shard(int(index["shard"][self.index])), int(index["row"][self.index])
+
+
+def lost_message(name: str, prepared: PreparedSet) -> str:
+    """What to do about a recording that a folder lacks."""
+    return (
+        f"{name} could not be read when {prepared.folder} was prepared: {prepared.lost[name]}. Repair it and "
+        "prepare the recordings in another folder, or train without it with data.on_error=skip"
+    )
 
 
 class PreparedRecordings(Sequence[PreparedRecording]):

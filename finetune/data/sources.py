@@ -5,8 +5,6 @@
 """
 
 import logging
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +13,12 @@ from tqdm import tqdm
 
 from finetune.data.bad_input import BadInput
 from finetune.data.manifest import Rules, locate, read_list, read_recording
+from finetune.data.places import AUDIO_ENDINGS, LIST_ENDINGS, Place, files_in, parse_places
 from finetune.data.recording import Recording
 
 logger = logging.getLogger(__name__)
 
 USER_CHANNELS = ("silence", "noise")
-_LIST_ENDINGS = (".jsonl", ".jsonl.gz")
-# In folders of mono recordings; what has another ending is not looked at. Lists may name any file.
-_AUDIO_ENDINGS = (
-    *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".webm", ".mka"),
-    *(".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64"),
-)
 
 
 @dataclass(frozen=True)
@@ -59,15 +52,6 @@ class Source:
     recordings: list[Recording]
 
 
-@dataclass(frozen=True)
-class Place:
-    """One part of a mix: where it lies, its weight, and whether it is mono."""
-
-    path: Path
-    weight: float
-    mono: bool
-
-
 def read_sources(spec: str, settings: SourceSettings, bad_input: BadInput) -> list[Source]:
     """Read all recordings that a config names.
 
@@ -98,34 +82,6 @@ def all_recordings(sources: Sequence[Source]) -> list[Recording]:
     return [recording for source in sources for recording in source.recordings]
 
 
-def parse_places(spec: str) -> list[Place]:
-    """`path`, `path:weight`, `mono:path:weight`, with commas between."""
-    places: list[Place] = []
-    for part in filter(None, (part.strip() for part in spec.split(","))):
-        rest = part.removeprefix("mono:")
-        name, *weights = rest.split(":")
-        if not name or len(weights) > 1:
-            raise ValueError(f"{part!r} is no source; expected PATH or PATH:WEIGHT, for one voice mono:PATH")
-        weight = _parse_weight(part, weights[0]) if weights else 1.0
-        path = Path(name).expanduser()
-        if path in [place.path for place in places]:
-            raise ValueError(f"{name} is named twice; name it once, with the sum of its weights")
-        places.append(Place(path, weight, rest != part))
-    if not places:
-        raise ValueError(f"{spec!r} names no source; expected PATH, or PATH:WEIGHT with commas between")
-    return places
-
-
-def _parse_weight(part: str, text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not 0 < weight < math.inf:
-        raise ValueError(f"{part!r}: the weight must be a number above 0, got {text!r}")
-    return weight
-
-
 def _read_place(place: Place, settings: SourceSettings, bad_input: BadInput) -> list[Recording]:
     path = place.path
     inside = path.resolve() if path.is_dir() else path.resolve().parent
@@ -137,7 +93,7 @@ def _read_place(place: Place, settings: SourceSettings, bad_input: BadInput) -> 
         return read_list(path, rules, bad_input)
     if place.mono:
         return _read_folder(path, rules, bad_input)
-    lists = _files_in(path, _LIST_ENDINGS)
+    lists = files_in(path, LIST_ENDINGS)
     if not lists:
         raise ValueError(
             f"{path} holds no .jsonl or .jsonl.gz file; for a folder of one voice say mono:{path}"
@@ -150,9 +106,9 @@ def _read_place(place: Place, settings: SourceSettings, bad_input: BadInput) -> 
 
 def _read_folder(folder: Path, rules: Rules, bad_input: BadInput) -> list[Recording]:
     """All mono recordings in a folder and those in it, in the order of their names."""
-    files = _files_in(folder, _AUDIO_ENDINGS)
+    files = files_in(folder, AUDIO_ENDINGS)
     if not files:
-        raise ValueError(f"{folder} holds no audio; expected files such as {', '.join(_AUDIO_ENDINGS[:4])}")
+        raise ValueError(f"{folder} holds no audio; expected files such as {', '.join(AUDIO_ENDINGS[:4])}")
     recordings = []
     bad_input.expect(len(files))
     for file in tqdm(files, f"checking {folder.name}", unit="file", disable=None, leave=False):
@@ -162,17 +118,3 @@ def _read_folder(folder: Path, rules: Rules, bad_input: BadInput) -> list[Record
         except ValueError as error:
             bad_input.skip(str(file), error)
     return recordings
-
-
-def _files_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """Files of a folder and those in it, in the order of their names; hidden ones are not looked at."""
-    found = []
-    for place, folders, files in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = (name for name in files if not name.startswith("."))
-        found += [Path(place, name) for name in names if name.lower().endswith(endings)]
-    return sorted(found)
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise ValueError(f"folder {error.filename} cannot be read ({error.strerror})") from error

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.data.entries import is_seconds
+from finetune.data.transcript import is_time
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def read_transcript(path: Path) -> Transcript | None:
     transcript = Transcript()
     for index, item in enumerate(content["alignments"]):
         match item:
-            case [str(text), [start, end], str(speaker)] if is_seconds(start) and is_seconds(end):
+            case [str(text), [start, end], str(speaker)] if is_time(start) and is_time(end):
                 transcript.words.append(TimedWord(text, float(start), float(end), speaker))
             case _:
                 transcript.faults.append(

