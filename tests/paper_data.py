@@ -46,7 +46,9 @@ def write_gold(folder: Path, columns: tuple[str, ...], rows: list[dict[str, str]
     return path
 
 
-def write_swuggy(root: Path, ids: int = 4, voices: tuple[str, ...] = ("v1", "v2"), split: str = "dev") -> Path:
+def write_swuggy(
+    root: Path, ids: int = 4, voices: tuple[str, ...] = ("v1", "v2"), split: str = "dev"
+) -> Path:
     """lexical/SPLIT: ids of which every second is out of vocabulary, said by each voice."""
     folder = root / "lexical" / split
     rows = []
