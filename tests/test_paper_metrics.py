@@ -283,7 +283,9 @@ def test_accuracies_are_all_that_the_kept_likelihoods_say(slm21, tmp_path):
         with safe_open(path, "numpy") as file:
             ends = np.cumsum(file.get_tensor("frames"))[:-1]
             parts = np.split(file.get_tensor("nll"), ends)
-            scores |= dict(zip(json.loads(file.metadata()["clips"]), map(clip_scores, parts), strict=True))
+            scores |= dict(
+                zip(json.loads(file.metadata()["about"])["clips"], map(clip_scores, parts), strict=True)
+            )
     with (slm21 / "lexical" / "dev" / "gold.csv").open() as file:
         gold = list(csv.DictReader(file))
     assert {row["filename"] for row in gold} == set(scores)

@@ -24,6 +24,7 @@ from evaluation.paper_metrics.pairs import TaskData
 from finetune.data.shard import write_atomically
 
 PLAN = "plan.json"
+_ABOUT = "about"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def write_shard(shard: Shard, nll: Sequence[np.ndarray]) -> None:
         "frames": np.array([len(values) for values in nll], np.int64),
     }
     shard.path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(shard.path, save(tensors, {"key": shard.key, "clips": json.dumps(shard.clips)}))
+    # One entry: safetensors writes several in any order, and equal files should be equal.
+    about = json.dumps({"key": shard.key, "clips": shard.clips})
+    write_atomically(shard.path, save(tensors, {_ABOUT: about}))
 
 
 def read_shard(shard: Shard) -> dict[str, np.ndarray]:
@@ -131,11 +134,11 @@ def read_shard(shard: Shard) -> dict[str, np.ndarray]:
     remedy = f"delete {shard.path} and start again"
     try:
         with safe_open(shard.path, "numpy") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
             nll, frames = file.get_tensor("nll"), file.get_tensor("frames")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{shard.path} is damaged ({error}); {remedy}") from error
-    if metadata.get("key") != shard.key or json.loads(metadata["clips"]) != list(shard.clips):
+    if about != {"key": shard.key, "clips": list(shard.clips)}:
         raise ValueError(f"{shard.path} is of another model, protocol or audio than {PLAN} says; {remedy}")
     if frames.sum() != len(nll):
         raise ValueError(f"{shard.path} is damaged: its clips have not as many frames as it holds; {remedy}")
