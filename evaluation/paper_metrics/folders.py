@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Folders that are looked at for a guess, so that a wrong `/` ends soon.
-_LOOKED_AT = 2000
+_LOOKED_AT = 500
 
 
-def find_folder(setting: str, given: str | None, is_it: Callable[[Path], bool], expected: str) -> Path:
+def find_folder(
+    setting: str, given: str | None, is_it: Callable[[Path], bool], expected: str, usual_name: str
+) -> Path:
     """The folder of a data set.
 
     Args:
@@ -16,6 +18,7 @@ def find_folder(setting: str, given: str | None, is_it: Callable[[Path], bool], 
         given: its value.
         is_it: whether a folder has the data set's layout.
         expected: the layout in words.
+        usual_name: what the folder is called as published, to choose among guesses.
     Raises:
         ValueError: not given, not there, or of another layout; with a guess where the data may be.
     """
@@ -28,7 +31,8 @@ def find_folder(setting: str, given: str | None, is_it: Callable[[Path], bool], 
         raise ValueError(f"{setting}={folder} is no folder{_spelt_otherwise(setting, folder)}")
     if is_it(folder):
         return folder
-    guess = next((near for near in _nearby(folder) if is_it(near)), None)
+    guesses = [near for near in _nearby(folder) if is_it(near)]
+    guess = max(guesses, key=lambda near: _likeness(near.name, usual_name), default=None)
     hint = f"did you mean {setting}={guess}?" if guess else f"it holds {_content(folder)}"
     raise ValueError(f"{setting}={folder} does not hold {expected}; {hint}")
 
@@ -44,6 +48,10 @@ def _spelt_otherwise(setting: str, folder: Path) -> str:
         return f"; {existing} exists and holds {_content(existing)}"
     guess = existing.joinpath(there[close[0]], *folder.relative_to(existing).parts[1:])
     return f"; did you mean {setting}={guess}?"
+
+
+def _likeness(name: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
 
 
 def _nearby(folder: Path) -> Iterator[Path]:

@@ -38,6 +38,7 @@ def read_salmon(given: str | None) -> list[TaskData]:
         given,
         lambda path: any((path / part).is_dir() for part in PARTS),
         f"salmon_benchmark's folders {', '.join(PARTS)}",
+        "salmon_benchmark",
     )
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:

@@ -74,6 +74,7 @@ def read_slm21(task: str, split: str, given: str | None) -> TaskData:
         given,
         lambda folder: any((folder / p.folder).is_dir() for p in PARTS.values()),
         "sLM21-dataset's folders lexical and syntactic",
+        "sLM21-dataset",
     )
     folder = root / part.folder / split
     if not folder.is_dir():
@@ -130,8 +131,10 @@ def _check_columns(gold: Path, part: Part, columns: list[str]) -> None:
             hint = f"these are the columns of {name}: {gold} belongs into {other.folder}"
     if len(columns) == 1:
         hint = f"its fields are not separated by commas; expected {','.join(part.columns)}"
+    if not missing:
+        hint = f"remove what is not of the published file; expected {','.join(part.columns)}"
     for column in unknown:
-        close = difflib.get_close_matches(column.strip().lower(), missing or part.columns, n=1)
+        close = difflib.get_close_matches(column.strip().lower(), missing, n=1)
         if close:
             hint = f"is {column!r} the column {close[0]!r}? Rename it"
     raise ValueError(

@@ -28,7 +28,7 @@ def read_storycloze(task: str, given: str | None) -> TaskData:
         ValueError: what is wrong, in which file, and what to do.
     """
     expected = "NUMBER_UUID_{correct,incorrect}.wav, or folders of speakers with such files"
-    folder = find_folder(f"data.{task}", given, _is_storycloze, expected)
+    folder = find_folder(f"data.{task}", given, _is_storycloze, expected, task)
     speakers = [""] if _has_clips(folder) else [path.name for path in _speakers(folder)]
     pairs, clips, problems = [], {}, []
     for speaker in speakers:
