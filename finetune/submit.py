@@ -1,7 +1,7 @@
 """`python -m finetune.submit JOB [launch=SITE] [launch.KEY=VALUE ...] ARGUMENTS`: a job for SLURM.
 
-JOB is train, annotate or prepare (scripts/slurm/JOB.sbatch), or sweep: one training job for each combination
-of values, by Hydra's multirun and submitit. What the site wants to know of a job is in
+JOB is train, annotate, prepare or paper_metrics (a script in scripts/slurm), or sweep: one training job for
+each combination of values, by Hydra's multirun and submitit. What the site wants to know of a job is in
 configs/launch/SITE.yaml; ARGUMENTS are those of the command that the job runs.
 """
 
@@ -27,10 +27,18 @@ from finetune.command import typed_config
 from finetune.config import register, to_typed
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "slurm"
-JOBS = ("train", "annotate", "prepare", "sweep")
+FILES = {
+    "train": "train.sbatch",
+    "annotate": "annotate.sbatch",
+    "prepare": "prepare.sbatch",
+    "paper_metrics": "run_paper_metrics.sh",
+}
+JOBS = (*FILES, "sweep")
 # Arguments that are the site's, not the command's.
 OWN = ("launch=", "launch.", "+launch.", "++launch.", "~launch.")
+# Jobs that are arrays, and those that have one node, alone or as a task of an array.
 ARRAYS = ("annotate", "prepare")
+ONE_NODE = (*ARRAYS, "paper_metrics")
 
 
 @dataclass
@@ -38,13 +46,13 @@ class LaunchConfig:
     """What a site wants to know of a job. None leaves it to SLURM and its SBATCH_... variables."""
 
     nodes: int = 1
-    """Nodes of a training job. Tasks of arrays have one."""
+    """Nodes of a training job. The others have one, or one for each task of an array."""
 
     gpus_per_node: int | None = None
     """GPUs of each node or task. None asks for none: training starts one process on each node."""
 
     processes_per_node: int | None = None
-    """Training processes on each node. None is one on each GPU."""
+    """Processes of training and paper_metrics on each node. None is one on each GPU."""
 
     cpus_per_task: int | None = None
     """CPU cores of each node of a training job, or of each task of an array."""
@@ -61,7 +69,7 @@ class LaunchConfig:
     constraint: str | None = None
 
     array: str | None = None
-    """Tasks of annotate and prepare, such as 0-31%8: 32 tasks, 8 at a time."""
+    """Tasks of annotate, prepare and, if wanted, paper_metrics, such as 0-31%8: 32 tasks, 8 at a time."""
 
     grace_sec: int = 180
     """A training job is asked to save and stop so long before its time limit. SLURM may be a minute early."""
@@ -82,7 +90,7 @@ class LaunchConfig:
     """Where logs go, on a file system that all nodes share."""
 
     preflight: bool = True
-    """Check nodes, data and disk before training starts."""
+    """Check nodes, data and disk before training starts; model and data before paper_metrics."""
 
     restarts: int = 0
     """How many times torchrun starts the training processes again after one has failed."""
@@ -131,7 +139,7 @@ def read_launch(overrides: Sequence[str]) -> LaunchConfig:
 def sbatch_flags(job: str, launch: LaunchConfig) -> dict[str, str | bool]:
     """Flags of sbatch without dashes, and their values; True for those without one."""
     flags: dict[str, str | bool | int | None] = {
-        "nodes": 1 if job in ARRAYS else launch.nodes,
+        "nodes": 1 if job in ONE_NODE else launch.nodes,
         "gpus-per-node": launch.gpus_per_node,
         "cpus-per-task": launch.cpus_per_task,
         "mem": launch.mem,
@@ -143,10 +151,11 @@ def sbatch_flags(job: str, launch: LaunchConfig) -> dict[str, str | bool]:
     }
     if job == "train":
         flags["signal"] = f"B:USR1@{launch.grace_sec}"
-    if job in ARRAYS:
+    if job in ONE_NODE:
         flags["array"] = launch.array
     if job != "sweep":
-        flags["output"] = str(Path(launch.log_dir, "%x-%A-%a.out" if job in ARRAYS else "%x-%j.out"))
+        is_array = job in ONE_NODE and launch.array is not None
+        flags["output"] = str(Path(launch.log_dir, "%x-%A-%a.out" if is_array else "%x-%j.out"))
     for flag in launch.flags:
         name, has_value, value = flag.removeprefix("--").partition("=")
         flags[name] = value if has_value else True
@@ -178,8 +187,8 @@ def sbatch_command(job: str, launch: LaunchConfig, arguments: Sequence[str]) -> 
     if job in ARRAYS and launch.array is None:
         raise ValueError(f"{job} is an array: give its tasks, such as launch.array=0-31%8")
     if job == "train" and launch.array is not None:
-        raise ValueError("launch.array is for annotate and prepare; a training job per value is `sweep`")
-    script = SCRIPTS / f"{job}.sbatch"
+        raise ValueError(f"launch.array is for {', '.join(ONE_NODE)}; a training job per value is `sweep`")
+    script = SCRIPTS / FILES[job]
     if not script.is_file():
         raise ValueError(f"{script} does not exist; submit from a checkout, installed by pip install -e .")
     flags = [

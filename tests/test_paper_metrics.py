@@ -16,20 +16,17 @@ from paper_data import (
     SYNTACTIC,
     cut,
     write_gold,
-    write_salmon,
     write_sblimp,
-    write_storycloze,
     write_swuggy,
 )
 from planted import known_nll, known_score, load, write_planted
-from training import compose_config, run_python
+from training import compose_config
 
 from evaluation.paper_metrics.__main__ import run
 from evaluation.paper_metrics.likelihood import ClipEncoder, batches_by_length, clip_nll
 from evaluation.paper_metrics.salmon import PARTS
 from evaluation.paper_metrics.scoring import SCORINGS, clip_scores, outcome
 from evaluation.paper_metrics.settings import PaperMetricsConfig
-from evaluation.paper_metrics.share import share_of_work
 from inference.command import typed_config
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi
 

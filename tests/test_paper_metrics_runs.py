@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from paper_data import write_salmon, write_storycloze, write_swuggy
+from paper_data import write_storycloze, write_swuggy
 from test_paper_metrics import evaluate, results
 from training import ROOT, run_python
 
