@@ -17,11 +17,11 @@ from hydra.core.config_store import ConfigStore
 from moshi.models.lm import LMModel
 from omegaconf import MISSING, DictConfig
 
+from configs.typed import typed_config
 from evaluation.plot_diagnostics import InnerLossCurves, draw_inner_loss_over_positions
 from finetune.data.clips import Clip, ClipEncoder
 from finetune.data.interleaver import TextLayout, TextTokens
 from finetune.data.manifest import read_manifest
-from inference.command import typed_config
 from inference.generate import choose_device
 from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.inner_losses import LOSSES, recorded_inner_losses

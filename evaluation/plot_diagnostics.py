@@ -18,8 +18,8 @@ from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
 from omegaconf import MISSING, DictConfig
 
+from configs.typed import typed_config
 from evaluation.diagnostics_pictures import LOSS_LOOKS, PICTURES, History, loss_panels
-from inference.command import typed_config
 
 logger = logging.getLogger(__name__)
 

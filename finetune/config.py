@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from finetune.command import typed_config
+from configs.typed import typed_config
 from finetune.data.config import DataConfig
 from finetune.data.prepared import PER_CLIP, WHOLE
 from finetune.persistence import refuse_broken_mini_batches

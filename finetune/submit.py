@@ -23,7 +23,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 
-from finetune.command import typed_config
+from configs.typed import typed_config
 from finetune.config import register, to_typed
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "slurm"

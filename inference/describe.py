@@ -8,7 +8,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from inference.command import typed_config
+from configs.typed import typed_config
 from inference.generate import choose_device
 from moshi_ttt.checkpoint import TRAINING_CONFIG, LoadedCheckpoint, load_checkpoint
 from moshi_ttt.integration import context_line, describe

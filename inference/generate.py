@@ -12,13 +12,12 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from inference.command import typed_config
+from configs.typed import typed_config
 from inference.enable_ttt_diagnostics import DiagnosticsFile, enable_ttt_diagnostics
+from inference.rows import Sampling, StepWatch
 from inference.session import restore_stream, save_session, session_identity
 from inference.stream import (
     Answer,
-    Sampling,
-    StepWatch,
     converse,
     open_stream,
     read_recording,
@@ -153,7 +152,8 @@ def step_watches(config: GenerateConfig, loaded: LoadedCheckpoint, frame_rate: f
         watches.append(enable_ttt_diagnostics(loaded.model, every, file=files[0] if files else None))
     if config.inner_state.check_every_frames != 0 and ttt_layers(loaded.model):
         check = config.inner_state
-        watches.append(FiniteStateCheck(loaded.model, check.check_every_frames, check.restart))
+        action = "restart" if check.restart else "stop"
+        watches.append(FiniteStateCheck(loaded.model, check.check_every_frames, action))
     return watches
 
 

@@ -1,8 +1,8 @@
 """A conversation in a file: save it, and go on with it in another process as if it had never stopped.
 
-A session file is safetensors: the streaming states of LMGen, of Moshi and of Mimi, the stream's noise, and
+A session file is safetensors: the streaming states of LMGen, of Moshi and of Mimi, the seed of its noise, and
 the user's samples that are still to be answered; in its metadata the format, the digest of the tensors, and
-what the conversation was held with.
+what the conversation was held with. It goes on in any slot of any server.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from inference.stream import Sampling, Stream
+from inference.rows import Sampling
+from inference.stream import Stream
 from moshi_ttt.checkpoint import LoadedCheckpoint, sync
 from moshi_ttt.integration import live_settings
 from moshi_ttt.session import restore_session, session_tensors
@@ -25,7 +26,7 @@ from moshi_ttt.session import restore_session, session_tensors
 logger = logging.getLogger(__name__)
 
 FORMAT = "moshi-ttt session"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def session_identity(loaded: LoadedCheckpoint, sampling: Sampling) -> dict[str, str]:
@@ -63,11 +64,12 @@ def save_session(path: Path, stream: Stream, identity: dict[str, str]) -> None:
         stream: the conversation.
         identity: what it was held with, see `session_identity`.
     """
-    stream.finish_watches()  # what they refuse is not worth a file
-    tensors = {f"noise.{device}": state for device, state in stream.noise.items()}
-    tensors |= {"frames": torch.tensor(stream.frames), "unanswered": stream.unanswered.clone()}
+    stream.slots.rows.finish_watches()  # what they refuse is not worth a file
+    tensors = {"seed": torch.tensor(stream.seed), "frames": torch.tensor(stream.frames)}
+    tensors |= {"unanswered": stream.unanswered.clone()}
     for part, module in _streaming_parts(stream).items():
-        tensors |= {f"{part}/{name}": tensor for name, tensor in session_tensors(module).items()}
+        state = session_tensors(module, stream.slot)
+        tensors |= {f"{part}/{name}": tensor for name, tensor in state.items()}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -91,7 +93,7 @@ def restore_stream(path: str | Path, stream: Stream, identity: dict[str, str]) -
 
     Args:
         path: a file of `save_session`.
-        stream: as `open_stream` gives it.
+        stream: a new conversation; what is in its slot is replaced.
         identity: what the conversation goes on with, see `session_identity`.
     Raises:
         ValueError: the file is missing, damaged, of another format, or was saved with something else.
@@ -103,10 +105,8 @@ def restore_stream(path: str | Path, stream: Stream, identity: dict[str, str]) -
         for part in parts
     }
     for part, module in parts.items():
-        restore_session(module, states[part])
-    stream.frames = int(tensors["frames"])
-    stream.unanswered = tensors["unanswered"]
-    stream.noise = {device: tensors[f"noise.{device}"] for device in stream.noise}
+        restore_session(module, states[part], stream.slot)
+    stream.go_on(int(tensors["frames"]), int(tensors["seed"]), tensors["unanswered"])
 
 
 def read_session(path: Path, identity: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -151,7 +151,8 @@ def _refuse_others(path: Path, saved: dict[str, str], here: dict[str, str]) -> N
 
 
 def _streaming_parts(stream: Stream) -> dict[str, Any]:
-    return {"lm_gen": stream.lm_gen, "lm": stream.lm_gen.lm_model, "mimi": stream.mimi}
+    lm_gen = stream.slots.rows.lm_gen
+    return {"lm_gen": lm_gen, "lm": lm_gen.lm_model, "mimi": stream.slots.mimi}
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -1,11 +1,10 @@
-"""Moshi answering a recording, frame by frame through Mimi and LMGen."""
+"""Moshi answering a recording, frame by frame."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -13,43 +12,11 @@ import soundfile
 import torch
 import torchaudio
 from moshi.models.compression import MimiModel
-from moshi.models.lm import LMGen, LMModel
+from moshi.models.lm import LMModel
 from tqdm import tqdm
 
-
-@dataclass
-class Sampling:
-    """How tokens are drawn. Defaults are Moshi's. Field names are those of the configuration."""
-
-    use_sampling: bool = True
-    """False takes the likeliest token."""
-
-    temp: float = 0.8
-    """Temperature of audio tokens."""
-
-    temp_text: float = 0.7
-    """Temperature of text tokens."""
-
-    top_k: int = 250
-    """Audio tokens are drawn among the k likeliest."""
-
-    top_k_text: int = 25
-    """Text tokens likewise."""
-
-    seed: int = 0
-    """Same seed, settings and input: same answer."""
-
-
-class StepWatch(Protocol):
-    """Something that looks on while a model streams, such as `TTTDiagnostics` and `FiniteStateCheck`."""
-
-    def step(self) -> AbstractContextManager[None]:
-        """Context for each step of the model."""
-        ...
-
-    def finish(self) -> None:
-        """Called after the last step, or before the state is saved, while the streaming state lives."""
-        ...
+from inference.rows import Sampling, StepWatch
+from inference.slots import Frame, Slots, open_slots
 
 
 @dataclass
@@ -118,127 +85,94 @@ def write_wav(path: Path, channels: list[torch.Tensor], sample_rate: int) -> Non
     soundfile.write(path, torch.stack(channels, dim=1).numpy(), sample_rate, subtype="PCM_16")
 
 
-@dataclass
-class Frame:
-    """One frame of Moshi's side of a conversation.
-
-    Args:
-        tokens: text and Moshi's codebooks, `[1, 1 + dep_q, 1]`.
-        audio: samples `[frame_size]`, on the CPU.
-    """
-
-    tokens: torch.Tensor
-    audio: torch.Tensor
-
-
 class Stream:
-    """A conversation under way: the user's samples in, Moshi's frames out. `open_stream` makes it.
+    """A conversation under way: the user's samples in, any number at a time, and Moshi's frames out.
 
-    What is needed to go on with it later is its attributes and the streaming states of `lm_gen`, its model
-    and `mimi`.
+    What is needed to go on with it later is its attributes and the state of its slot.
 
     Args:
-        lm_gen (LMGen): streaming.
-        mimi (MimiModel): streaming, on the same device.
+        slots (Slots): of which one is this conversation's.
+        slot (int): which.
         seed (int): of the noise that tokens are drawn with.
-        watches (Sequence[StepWatch]): what looks on.
     Attributes:
-        frames (int): frames of the user that Moshi has heard.
         unanswered (torch.Tensor): the user's samples `[n]` from the first that no frame of Moshi's has
             answered yet, on the CPU: less than one frame, and `max_delay - 1` that it has heard already.
-        noise (dict[str, torch.Tensor]): states of the random generators by type of device. They are the
-            stream's own: what else draws random numbers in the process neither disturbs it nor is disturbed.
     """
 
-    def __init__(self, lm_gen: LMGen, mimi: MimiModel, seed: int, watches: Sequence[StepWatch] = ()):
-        # As in all of Moshi's models; what follows the first step relies on it.
-        assert lm_gen.max_delay >= 1, f"max_delay {lm_gen.max_delay}"
-        self.lm_gen = lm_gen
-        self.mimi = mimi
-        self.watches = watches
-        self.frames = 0
+    def __init__(self, slots: Slots, slot: int, seed: int):
+        self.slots = slots
+        self.slot = slot
+        self.seed = seed
         self.unanswered = torch.zeros(0)
-        with self._fork_noise():
-            torch.manual_seed(seed)
-            self.noise = self._global_noise()
+        slots.start(slot, seed)
 
     @property
-    def device(self) -> torch.device:
-        return self.lm_gen.lm_model.device
+    def frames(self) -> int:
+        """Frames of the user that Moshi has heard."""
+        return self.slots.rows.heard[self.slot]
 
     @property
     def answered(self) -> int:
         """Frames that Moshi has spoken."""
-        return max(0, self.frames - (self.lm_gen.max_delay - 1))
+        return self.slots.rows.spoken(self.slot)
+
+    def add(self, samples: torch.Tensor) -> None:
+        """More of the user's samples, `[n]`, any number. They are heard when `hear_next` is called."""
+        self.unanswered = torch.cat((self.unanswered, samples.cpu()))
+
+    def waiting(self) -> torch.Tensor | None:
+        """The first whole frame `[frame_size]` that was added and not heard; None where more is needed."""
+        heard, size = (self.frames - self.answered) * self.slots.mimi.frame_size, self.slots.mimi.frame_size
+        frame = self.unanswered[heard : heard + size]
+        return frame if frame.shape[0] == size else None
 
     def hear(self, samples: torch.Tensor) -> Iterator[Frame]:
         """Take samples of the user `[n]`, any number, and give the frames of Moshi that they complete.
 
-        What is left of a frame waits for more. Samples are heard as the frames are taken.
+        What is left of a frame waits for more. Samples are heard as the frames are taken; other slots stand
+        still.
         """
-        self.unanswered = torch.cat((self.unanswered, samples.cpu()))
-        size = self.mimi.frame_size
-        while True:
-            waiting = self.frames - self.answered
-            if self.unanswered.shape[0] < (waiting + 1) * size:
-                return
-            tokens = self._hear_frame(self.unanswered[waiting * size : (waiting + 1) * size])
-            if tokens is not None:
-                self.unanswered = self.unanswered[size:]
-                yield Frame(tokens, self.mimi.decode(tokens[:, 1:])[0, 0].cpu())
+        self.add(samples)
+        while self.waiting() is not None:
+            yield from hear_next([self]).values()
+
+    def go_on(self, frames: int, seed: int, unanswered: torch.Tensor) -> None:
+        """Be the conversation whose state was put into the slot."""
+        self.seed, self.unanswered = seed, unanswered
+        self.slots.rows.go_on(self.slot, seed, frames)
+
+    def silence_left(self) -> torch.Tensor:
+        """Silence `[n]` after which all that was heard is answered. Nothing can be heard after it."""
+        left, size = self.unanswered.shape[0], self.slots.mimi.frame_size
+        frames = -(-left // size) + self.slots.rows.lm_gen.max_delay - 1 if left else 0
+        return torch.zeros(max(0, frames * size - left))
 
     def finish(self) -> Iterator[Frame]:
-        """Moshi's frames for all that is unanswered: silence follows. Nothing can be heard after it."""
-        left, size = self.unanswered.shape[0], self.mimi.frame_size
-        frames = -(-left // size) + self.lm_gen.max_delay - 1 if left else 0
-        yield from self.hear(torch.zeros(max(0, frames * size - left)))
+        """Moshi's frames for all that is unanswered: silence follows."""
+        yield from self.hear(self.silence_left())
 
-    def _hear_frame(self, samples: torch.Tensor) -> torch.Tensor | None:
-        """Tokens of Moshi's next complete frame, after a frame of the user `[frame_size]`.
 
-        LMGen's first step sees initial tokens in place of the user's, so the first frame is given twice: from
-        then on frame t of the user meets frame t of Moshi, as in training. Moshi's codebooks of one frame are
-        complete `max_delay` steps later.
-        """
-        codes = self.mimi.encode(samples.to(self.device)[None, None])
-        if self.frames == 0:
-            first = self._step(codes)
-            assert first is None
-        self.frames += 1
-        return self._step(codes)
+def hear_next(streams: Sequence[Stream]) -> dict[Stream, Frame]:
+    """Let conversations on the same slots hear a frame each, together, and give the frames Moshi spoke.
 
-    def _step(self, codes: torch.Tensor) -> torch.Tensor | None:
-        with self._fork_noise(), ExitStack() as stack:
-            torch.set_rng_state(self.noise["cpu"])
-            if "cuda" in self.noise:
-                torch.cuda.set_rng_state(self.noise["cuda"], self.device)
-            for watch in self.watches:
-                stack.enter_context(watch.step())
-            tokens = self.lm_gen.step(codes)
-            self.noise = self._global_noise()
-        return tokens
-
-    def finish_watches(self) -> None:
-        """Let what looks on judge all steps so far."""
-        for watch in self.watches:
-            watch.finish()
-
-    def _global_noise(self) -> dict[str, torch.Tensor]:
-        noise = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            noise["cuda"] = torch.cuda.get_rng_state(self.device)
-        return noise
-
-    def _fork_noise(self) -> AbstractContextManager[None]:
-        """Leave the process's random generators as they were."""
-        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+    Conversations without a whole frame waiting stand still.
+    """
+    ready = [(stream, frame) for stream in streams if (frame := stream.waiting()) is not None]
+    if not ready:
+        return {}
+    slots = ready[0][0].slots
+    spoken = slots.hear({stream.slot: frame for stream, frame in ready})
+    found = {stream: spoken[stream.slot] for stream, _ in ready if stream.slot in spoken}
+    for stream in found:
+        stream.unanswered = stream.unanswered[slots.mimi.frame_size :]
+    return found
 
 
 @contextmanager
 def open_stream(
     model: LMModel, mimi: MimiModel, sampling: Sampling, watches: Sequence[StepWatch] = ()
 ) -> Iterator[Stream]:
-    """A new conversation. Without gradients; the process's random generators are left as they were.
+    """A new conversation alone on a model. Without gradients; random generators are neither read nor changed.
 
     Args:
         model: in evaluation mode, not streaming.
@@ -246,18 +180,8 @@ def open_stream(
         sampling: how tokens are drawn.
         watches: what looks on, to the end.
     """
-    lm_gen = LMGen(
-        model,
-        use_sampling=sampling.use_sampling,
-        temp=sampling.temp,
-        temp_text=sampling.temp_text,
-        top_k=sampling.top_k,
-        top_k_text=sampling.top_k_text,
-    )
-    with torch.no_grad(), mimi.streaming(1), lm_gen.streaming(1):
-        stream = Stream(lm_gen, mimi, sampling.seed, watches)
-        yield stream
-        stream.finish_watches()
+    with open_slots(model, mimi, sampling, 1, watches) as slots:
+        yield Stream(slots, 0, sampling.seed)
 
 
 def answer(
@@ -270,8 +194,6 @@ def answer(
     watches: Sequence[StepWatch] = (),
 ) -> Answer:
     """Stream a recording of the user through Moshi and collect its answer.
-
-    Global random state is left as it was.
 
     Args:
         model: in evaluation mode, not streaming.
@@ -304,7 +226,7 @@ def converse(
         progress: show a bar with the real-time factor.
     """
     user = torch.cat((stream.unanswered, recording))
-    mimi, model = stream.mimi, stream.lm_gen.lm_model
+    mimi, model = stream.slots.mimi, stream.slots.rows.lm_gen.lm_model
     frames = chain(stream.hear(recording), stream.finish() if last else ())
     total = -(-user.shape[0] // mimi.frame_size)
     audio, text_tokens = [torch.zeros(0)], []

@@ -17,9 +17,10 @@ from moshi.models.lm import LMModel
 from moshi.utils.compile import no_cuda_graph
 from omegaconf import MISSING, DictConfig
 
-from inference.command import typed_config
+from configs.typed import typed_config
 from inference.generate import choose_device
-from inference.stream import Sampling, open_stream, read_recording
+from inference.rows import Sampling
+from inference.stream import open_stream, read_recording
 from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.integration import context_line
 from moshi_ttt.loading import load_mimi

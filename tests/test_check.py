@@ -22,7 +22,7 @@ from data_sets import (
 )
 from training import compose_config
 
-from finetune.command import typed_config
+from configs.typed import typed_config
 from finetune.data.check import CheckConfig, check
 from finetune.data.findings import Problem
 from finetune.data.summary import Summary

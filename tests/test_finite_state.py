@@ -68,7 +68,7 @@ def test_a_restarted_row_is_a_new_stream_and_others_go_on(build, random_codes, c
     with streaming(model, 3):
         fresh = run(model, codes[:, :, 10:], FiniteStateCheck(model, 5))
     with streaming(model, 3), caplog.at_level(logging.WARNING):
-        check = FiniteStateCheck(model, 5, restart=True)
+        check = FiniteStateCheck(model, 5, "restart")
         outputs = run(model, codes, check, [(7, 1, 1, BAD[0])])
     assert outputs[1, 7:10].isnan().any(), "the fault is seen in the outputs until it is found"
     assert torch.equal(outputs[1, 10:], fresh[1])

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("moshi_ttt", "finetune", "inference", "evaluation", "benchmarks")
+ROOMS = ("moshi_ttt", "finetune", "inference", "evaluation", "benchmarks", "configs")
 
 
 def sources(*rooms):
@@ -43,12 +43,16 @@ def test_there_is_a_house():
 
 def test_the_model_imports_no_application_and_no_command_line():
     above = {"finetune", "inference", "evaluation", "benchmarks"}
-    tools = {"hydra", "omegaconf", "wandb", "argparse"}
+    tools = {"hydra", "omegaconf", "wandb", "argparse", "configs"}
     assert forbidden_imports("moshi_ttt", above | tools) == []
 
 
 def test_inference_imports_neither_training_nor_evaluation():
     assert forbidden_imports("inference", {"finetune", "evaluation", "benchmarks"}) == []
+
+
+def test_configs_import_nothing_of_ours():
+    assert forbidden_imports("configs", set(ROOMS) - {"configs"}) == []
 
 
 def test_training_imports_of_inference_the_stream_alone():

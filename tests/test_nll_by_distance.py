@@ -8,6 +8,7 @@ import soundfile
 import torch
 from training import SAMPLE, compose_config, dialogue, run, write_recording
 
+from configs.typed import typed_config
 from evaluation.nll_by_distance.__main__ import run as evaluate
 from evaluation.nll_by_distance.arms import Arm, comparisons, reset_every
 from evaluation.nll_by_distance.measures import Bins, Measures, frequent_words
@@ -25,7 +26,6 @@ from evaluation.nll_by_distance.sides import Side, SideReader
 from evaluation.statistics import FEWEST_ROWS, ratio_intervals
 from finetune.data.interleaver import TextLayout, TextTokens, text_stream
 from finetune.data.manifest import Word, read_manifest
-from inference.command import typed_config
 from inference.likelihood import nll_by_frame
 from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.loading import load_mimi, load_tokenizer

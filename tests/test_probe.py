@@ -8,6 +8,7 @@ import pytest
 import torch
 from moshi.models.lm import LMModel
 
+from configs.typed import typed_config
 from evaluation.recall.__main__ import study_output
 from evaluation.recall.arms import forgetting_at
 from evaluation.recall.probe import read_speech
@@ -18,7 +19,6 @@ from evaluation.recall.probe_settings import Probe
 from evaluation.recall.probe_words import EpisodeMaker, Speech, question_frames
 from evaluation.recall.settings import RecallConfig
 from finetune.data.manifest import read_manifest
-from inference.command import typed_config
 from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.integration import receptive_field, ttt_layers
 from moshi_ttt.loading import load_mimi

@@ -16,6 +16,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from configs.typed import typed_config
 from evaluation.nll_by_distance.arms import (
     Arm,
     about,
@@ -32,7 +33,6 @@ from evaluation.nll_by_distance.settings import NllConfig
 from evaluation.nll_by_distance.sides import Side, SideReader
 from finetune.data.interleaver import TextTokens
 from finetune.data.manifest import Recording, read_manifest
-from inference.command import typed_config
 from inference.generate import choose_device
 from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.integration import context_line

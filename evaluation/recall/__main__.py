@@ -10,6 +10,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from configs.typed import typed_config
 from evaluation.recall.probe import run as run_probe
 from evaluation.recall.report import write_report
 from evaluation.recall.running import run_jobs, stored_results
@@ -17,7 +18,6 @@ from evaluation.recall.settings import RecallConfig, jobs_of
 from evaluation.recall.speech import speech_codes
 from evaluation.recall.studies import STUDIES, varied
 from evaluation.recall.study_report import write_study
-from inference.command import typed_config
 
 ConfigStore.instance().store(name="recall_schema", node=RecallConfig)
 logger = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 from tqdm import tqdm
 
-from finetune.command import typed_config
+from configs.share import shard_of
+from configs.typed import typed_config
 from finetune.data.entries import BadEntry, Source, list_sources
-from finetune.data.share import shard_of
 from finetune.data.voice import FRAME_SEC, VoiceConfig, frame_power, frame_samples, voiced
 from finetune.data.whisper import DEVICE_ERROR, Transcriber, WhisperConfig
 

@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 from tqdm import tqdm
 
-from finetune.command import typed_config
+from configs.typed import typed_config
 from finetune.data.check_page import write_page
 from finetune.data.entries import BadEntry, Source, list_sources
 from finetune.data.findings import Checked, CheckLimits, Job, Problem

@@ -19,7 +19,8 @@ from omegaconf import MISSING, DictConfig
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from finetune.command import typed_config
+from configs.share import shard_of
+from configs.typed import typed_config
 from finetune.data.bad_input import BadInput
 from finetune.data.config import DataConfig
 from finetune.data.encoding import Job, encoded_by, encoded_here
@@ -27,7 +28,6 @@ from finetune.data.join import join
 from finetune.data.plan import claim, make_plan
 from finetune.data.prepared import MANIFEST, WHOLE, PreparedSet, missing_shards, shard_name
 from finetune.data.recording import Recording
-from finetune.data.share import shard_of
 from finetune.data.sources import all_recordings, read_sources
 from finetune.run_dir import start_logging
 from moshi_ttt.digest import cached_sha256
