@@ -42,7 +42,7 @@ def write_planted(folder: Path) -> Path:
 
 
 def tables(model: LMModel) -> np.ndarray:
-    """Log-probabilities `[codebook, semantic code that is read, code]`; the last code read is the initial one."""
+    """Log-probabilities `[codebook, semantic code read, code]`; the last code read is the initial one."""
     embedding = _array(model.emb[0].weight)
     scale = np.sqrt((embedding**2).mean(1, keepdims=True) + model.out_norm.eps)
     normed = embedding / scale * _array(model.out_norm.alpha).reshape(-1)

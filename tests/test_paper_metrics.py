@@ -1,4 +1,4 @@
-"""The paper metrics: the known likelihood gives the known accuracy, whatever the batches, kills and processes."""
+"""The paper metrics: a known likelihood gives the known accuracy, and batches are each clip alone."""
 
 import csv
 import json
@@ -20,14 +20,15 @@ from paper_data import (
     write_swuggy,
 )
 from planted import known_nll, known_score, load, write_planted
+from safetensors import safe_open
 from training import compose_config
 
+from configs.typed import typed_config
 from evaluation.paper_metrics.__main__ import run
 from evaluation.paper_metrics.likelihood import ClipEncoder, batches_by_length, clip_nll
 from evaluation.paper_metrics.salmon import PARTS
 from evaluation.paper_metrics.scoring import SCORINGS, clip_scores, outcome
 from evaluation.paper_metrics.settings import PaperMetricsConfig
-from inference.command import typed_config
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi
 
 
@@ -273,8 +274,6 @@ def test_a_known_likelihood_gives_exactly_the_known_accuracy(planted, planted_mo
 def test_accuracies_are_all_that_the_kept_likelihoods_say(slm21, tmp_path):
     """Every scoring from the files of likelihoods, by the official score's definition written down again."""
     output = evaluate(tmp_path / "out", f"data.slm21={slm21}", "tasks=[swuggy]", "shard_clips=5")
-    from safetensors import safe_open
-
     scores = {}
     for path in sorted((output / "nll" / "swuggy_dev").iterdir()):
         with safe_open(path, "numpy") as file:

@@ -1,4 +1,4 @@
-"""Data sets of the paper metrics as they are published are read; what is wrong with one is told with the remedy."""
+"""Data sets of the paper metrics are read as published; what is wrong with one is told with the remedy."""
 
 import csv
 import re
@@ -19,9 +19,10 @@ from paper_data import (
     write_swuggy,
 )
 
+from evaluation.paper_metrics.data import read_tasks
 from evaluation.paper_metrics.pairs import TaskData, clip_seconds
 from evaluation.paper_metrics.salmon import PARTS, read_salmon
-from evaluation.paper_metrics.settings import PaperMetricsConfig
+from evaluation.paper_metrics.settings import DataFolders, PaperMetricsConfig
 from evaluation.paper_metrics.slm21 import read_slm21
 from evaluation.paper_metrics.storycloze import read_storycloze
 
@@ -280,15 +281,10 @@ def test_what_is_wrong_is_told_with_the_remedy(data, task, spoil, message):
 def test_a_folder_one_level_off_is_guessed(published, task, given, meant):
     folder = str(published / given)
     setting = "slm21" if task in ("swuggy", "sblimp") else task
-    with pytest.raises(
-        ValueError, match=rf"did you mean data\.{setting}={re.escape(str(published / meant))}\?"
-    ) as told:
-        if setting == "slm21":
-            read_slm21(task, "dev", folder)
-        elif setting == "salmon":
-            read_salmon(folder)
-        else:
-            read_storycloze(task, folder)
+    guess = rf"did you mean data\.{setting}={re.escape(str(published / meant))}\?"
+    config = PaperMetricsConfig(tasks=[task], data=DataFolders(**{setting: folder}))
+    with pytest.raises(ValueError, match=guess) as told:
+        read_tasks(config)
     assert f"data.{setting}={folder}" in str(told.value)
 
 

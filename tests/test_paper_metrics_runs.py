@@ -1,12 +1,16 @@
 """Runs of the paper metrics: killed, shared, partial, of other settings; and the script that SLURM runs."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from paper_data import write_storycloze, write_swuggy
+from planted import write_planted
 from test_paper_metrics import evaluate, results
 from training import ROOT, run_python
 
@@ -110,8 +114,6 @@ def test_a_folder_of_another_model_or_other_audio_is_refused(data, whole, tmp_pa
 @pytest.fixture
 def planted_folder(tmp_path, private_cache):
     """A base model with other weights."""
-    from planted import write_planted
-
     return write_planted(tmp_path / "planted")
 
 
@@ -197,10 +199,6 @@ def test_the_script_checks_the_data_and_scores(tmp_path, data):
 
 
 def run_script(*arguments: str, **environment: str) -> str:
-    import os
-    import subprocess
-    import sys
-
     done = subprocess.run(
         ["bash", *arguments],
         cwd=ROOT,

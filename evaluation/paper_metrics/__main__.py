@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from configs.typed import typed_config
 from evaluation.paper_metrics.anchors import anchor_table
 from evaluation.paper_metrics.data import read_tasks
 from evaluation.paper_metrics.likelihood import ClipEncoder, batches_by_length, clip_nll
@@ -32,7 +33,6 @@ from evaluation.paper_metrics.scoring import PRIMARY, TIE_TOLERANCE, WEIGHTINGS
 from evaluation.paper_metrics.settings import PaperMetricsConfig
 from evaluation.paper_metrics.share import own_device, share_of_work
 from evaluation.paper_metrics.store import Shard, claim, make_shards, read_shard, write_shard
-from inference.command import typed_config
 from moshi_ttt.integration import context_line
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from finetune.data.share import shard_of
+from configs.share import shard_of
 from inference.generate import choose_device
 
 
