@@ -180,6 +180,7 @@ def test_results_are_laid_out_as_by_lm_evaluation_harness(whole):
     assert protocol["weights"]["w100"] == [100, 1]
     assert (protocol["text_filler"], protocol["user_filler"], protocol["seed"]) == ("-1", "silence", 0)
     (table,) = whole.glob("results_*.md")
+    assert "Not the published set: tsc has 3 of 1871 pairs." in table.read_text()
     assert "| Moshi, multistream instruct [mem] | 63.0 |" in table.read_text()
 
 

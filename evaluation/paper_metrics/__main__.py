@@ -108,7 +108,7 @@ def run(config: PaperMetricsConfig) -> Path:
     found = find_model(config)
     if found.dtype != found.own_dtype:
         logger.info("override: dtype=%s, the checkpoint's own is %s", found.dtype, found.own_dtype)
-    folder = Path(config.output or Path("paper_metrics", found.name)).expanduser()
+    folder = output_folder(config, found)
     seconds = {task.name: clip_seconds(task) for task in tasks}
     for task in tasks:
         logger.info("%s", describe_task(task, seconds[task.name]))
@@ -138,6 +138,13 @@ def run(config: PaperMetricsConfig) -> Path:
     table = finish(folder, plan, tasks, shards, config.bootstrap_draws)
     logger.info("%s\n\n%s\n\n%s\nwrote %s", table, anchor_table(), NOTES, folder)
     return folder
+
+
+def output_folder(config: PaperMetricsConfig, model: FoundModel) -> Path:
+    """Where everything goes."""
+    if config.output is not None:
+        return Path(config.output).expanduser()
+    return Path("paper_metrics", model.name if config.limit is None else f"{model.name}-limit{config.limit}")
 
 
 def finish(

@@ -196,8 +196,14 @@ def result_table(content: dict[str, Any]) -> str:
     title = f"Accuracy (%), 95 % intervals over ids. Primary scoring: {PRIMARY}."
     if content["partial"]:
         title = f"PARTIAL RESULTS: {content['protocol']['limit']} ids of each task, drawn at random. {title}"
+    configs = content["configs"].values()
+    fewer = [c for c in configs if c["official_pairs"] not in (None, c["pairs"]) and not content["partial"]]
     lines = [
         title,
+        *(
+            f"Not the published set: {c['task']} has {c['pairs']} of {c['official_pairs']} pairs."
+            for c in fewer
+        ),
         "",
         f"| task | ids | {PRIMARY} | " + " | ".join(others) + " |",
         "| --- | --- | --- |" + " --- |" * len(others),

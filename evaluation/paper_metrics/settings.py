@@ -51,7 +51,7 @@ class PaperMetricsConfig:
 
     output: str | None = None
     """Folder of likelihoods and results: a new one, or one that the same settings began. None is
-    paper_metrics/NAME, after the run and its step or the baseline."""
+    paper_metrics/NAME, after the run and its step or the baseline, and the limit."""
 
     mode: str = "score"
     """score, or check: look at the model's and the data's files, and stop."""
