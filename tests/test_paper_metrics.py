@@ -22,6 +22,7 @@ from paper_data import (
 from planted import known_nll, known_score, load, write_planted
 from safetensors import safe_open
 from training import compose_config
+from training import run as train
 
 from configs.typed import typed_config
 from evaluation.paper_metrics.__main__ import run
@@ -29,6 +30,8 @@ from evaluation.paper_metrics.likelihood import ClipEncoder, batches_by_length, 
 from evaluation.paper_metrics.salmon import PARTS
 from evaluation.paper_metrics.scoring import SCORINGS, clip_scores, outcome
 from evaluation.paper_metrics.settings import PaperMetricsConfig
+from moshi_ttt.checkpoint import load_checkpoint
+from moshi_ttt.integration import ttt_layers
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi
 
 
@@ -54,7 +57,7 @@ def slm21(tmp_path_factory):
 
 def evaluate(output: Path, *overrides: str) -> Path:
     """What `python -m evaluation.paper_metrics output=OUTPUT OVERRIDES` does."""
-    settings = ("baseline=tiny", "dtype=float32", "device=cpu", "bootstrap_draws=50", f"output={output}")
+    settings = ("baseline=tiny", "device=cpu", "bootstrap_draws=50", f"output={output}")
     return run(typed_config(compose_config(*settings, *overrides, name="paper_metrics"), PaperMetricsConfig))
 
 
@@ -166,6 +169,34 @@ def test_scores_by_hand():
     assert outcome(-5.0, -5.00002) == 1
 
 
+def test_a_checkpoint_is_scored_with_its_own_settings_in_float32(slm21, mimi, tmp_path):
+    run_dir = train(tmp_path / "run", "param_dtype=bfloat16", "ttt.gate_init=0.5")
+    output = evaluate(
+        tmp_path / "out", "baseline=null", f"checkpoint={run_dir}", f"data.slm21={slm21}", "tasks=[sblimp]"
+    )
+    loaded = load_checkpoint(run_dir)
+    assert loaded.model.dtype == torch.bfloat16
+    assert ttt_layers(loaded.model)
+    path = slm21 / "syntactic" / "dev" / "binding1a.wav"
+    codes = encoder_of(mimi, loaded.model).encode(path, soundfile.info(path).duration)
+    (known,) = clip_nll(loaded.model.float(), [codes])
+    np.testing.assert_allclose(kept_nll(output, "sblimp_dev")["binding1a"], known, rtol=0, atol=1e-5)
+    config = results(output)["config"]
+    assert (config["step"], config["param_dtype"]) == (2, "bfloat16")
+    assert config["checkpoint"].endswith("run/checkpoints/checkpoint_000002/consolidated")
+
+
+def kept_nll(output: Path, task: str) -> dict[str, np.ndarray]:
+    """NLL `[T, dep_q]` by clip, from the files."""
+    found = {}
+    for path in sorted((output / "nll" / task).iterdir()):
+        with safe_open(path, "numpy") as file:
+            ends = np.cumsum(file.get_tensor("frames"))[:-1]
+            names = json.loads(file.metadata()["about"])["clips"]
+            found |= dict(zip(names, np.split(file.get_tensor("nll"), ends), strict=True))
+    return found
+
+
 class Planner:
     """Writes pairs of clips whose outcome under the planted model is known, by asking its tables."""
 
@@ -274,14 +305,7 @@ def test_a_known_likelihood_gives_exactly_the_known_accuracy(planted, planted_mo
 def test_accuracies_are_all_that_the_kept_likelihoods_say(slm21, tmp_path):
     """Every scoring from the files of likelihoods, by the official score's definition written down again."""
     output = evaluate(tmp_path / "out", f"data.slm21={slm21}", "tasks=[swuggy]", "shard_clips=5")
-    scores = {}
-    for path in sorted((output / "nll" / "swuggy_dev").iterdir()):
-        with safe_open(path, "numpy") as file:
-            ends = np.cumsum(file.get_tensor("frames"))[:-1]
-            parts = np.split(file.get_tensor("nll"), ends)
-            scores |= dict(
-                zip(json.loads(file.metadata()["about"])["clips"], map(clip_scores, parts), strict=True)
-            )
+    scores = {name: clip_scores(nll) for name, nll in kept_nll(output, "swuggy_dev").items()}
     with (slm21 / "lexical" / "dev" / "gold.csv").open() as file:
         gold = list(csv.DictReader(file))
     assert {row["filename"] for row in gold} == set(scores)

@@ -338,7 +338,7 @@ def test_a_data_set_that_is_asked_for_must_be_given():
         ({"baseline": "tiny", "tasks": []}, "tasks must be some of .*got none"),
         ({"baseline": "tiny", "splits": ["train"]}, "splits must be some of dev, test"),
         ({"baseline": "tiny", "user_filler": "noise"}, "user_filler must be one of silence, -1; got 'noise'"),
-        ({"baseline": "tiny", "dtype": "float16"}, "dtype must be one of None, float32, bfloat16"),
+        ({"baseline": "tiny", "dtype": "float16"}, "dtype must be one of float32, bfloat16"),
         ({"baseline": "tiny", "limit": 0}, "limit must be at least 1, got 0"),
         ({"checkpoint": "a", "revision": "main"}, "revision is the baseline's"),
     ],

@@ -191,7 +191,7 @@ def test_checking_scores_nothing(data, tmp_path):
 
 def test_the_script_checks_the_data_and_scores(tmp_path, data):
     environment = {"HF_HUB_OFFLINE": "1", "NO_TORCH_COMPILE": "1", "MOSHI_TTT_PROCESSES": "2"}
-    common = [*data, f"output={tmp_path}/out", "device=cpu", "dtype=float32"]
+    common = [*data, f"output={tmp_path}/out", "device=cpu"]
     script = "scripts/slurm/run_paper_metrics.sh"
     printed = run_script(script, "baseline=tiny", *common, **environment)
     assert "process 0 of 2" in printed

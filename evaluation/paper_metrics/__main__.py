@@ -58,7 +58,7 @@ def identity_of(config: PaperMetricsConfig, model: FoundModel, tasks: Sequence[T
             "seed": config.seed,
         },
         "data": {task.name: {"gold_sha256": task.gold_sha256, "clips_sha256": task.digest} for task in tasks},
-        "layout": {"shard_clips": config.shard_clips},
+        "layout": {"shard_clips": config.shard_clips, "batch_frames": config.batch_frames},
     }
 
 
@@ -106,8 +106,6 @@ def run(config: PaperMetricsConfig) -> Path:
     config.validate()
     tasks = read_tasks(config)
     found = find_model(config)
-    if found.dtype != found.own_dtype:
-        logger.info("override: dtype=%s, the checkpoint's own is %s", found.dtype, found.own_dtype)
     folder = output_folder(config, found)
     seconds = {task.name: clip_seconds(task) for task in tasks}
     for task in tasks:

@@ -31,7 +31,6 @@ class FoundModel:
         identity: SHA-256 of all files that decide what it is.
         codec_sha256: of Mimi's weights: models with another codec see other codes.
         dtype: of its parameters when it is scored.
-        own_dtype: what it would be without an override.
         source: the checkpoint's folder, or the baseline's config.
         verify: cached or full.
     """
@@ -41,7 +40,6 @@ class FoundModel:
     identity: dict[str, Any]
     codec_sha256: str
     dtype: str
-    own_dtype: str
     source: Path | ModelConfig
     verify: str
 
@@ -49,12 +47,10 @@ class FoundModel:
         """The model in evaluation mode, and its codec."""
         if isinstance(self.source, Path):
             loaded = load_checkpoint(self.source, device, self.verify)
-            model, base = loaded.model, loaded.base
+            model, base = loaded.model.to(DTYPES[self.dtype]), loaded.base
         else:
             base = find_base(self.source)
-            model = load_moshi(base, device, DTYPES[self.own_dtype]).eval()
-        if self.dtype != self.own_dtype:
-            model.to(DTYPES[self.dtype])
+            model = load_moshi(base, device, DTYPES[self.dtype]).eval()
         return model, load_mimi(base, device)
 
 
@@ -75,8 +71,7 @@ def find_model(config: PaperMetricsConfig) -> FoundModel:
         about={"baseline": config.baseline, "revision": config.revision},
         identity={"kind": "baseline", "base_sha256": fingerprint},
         codec_sha256=fingerprint["mimi"],
-        dtype=config.dtype or "bfloat16",
-        own_dtype=config.dtype or "bfloat16",
+        dtype=config.dtype,
         source=source,
         verify=config.verify,
     )
@@ -84,7 +79,6 @@ def find_model(config: PaperMetricsConfig) -> FoundModel:
 
 def _find_checkpoint(config: PaperMetricsConfig, folder: Path) -> FoundModel:
     manifest = verify_files(folder)
-    own_dtype = read_training_config(folder)["param_dtype"]
     base = manifest["base"]
     files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     # RUN/checkpoints/checkpoint_000500/consolidated
@@ -93,11 +87,15 @@ def _find_checkpoint(config: PaperMetricsConfig, folder: Path) -> FoundModel:
     run = parents[2].name if in_a_run else folder.resolve().name
     return FoundModel(
         name=f"{run}-{manifest['step']:06d}",
-        about={"checkpoint": str(folder), "step": manifest["step"], "base": base["source"]},
+        about={
+            "checkpoint": str(folder),
+            "step": manifest["step"],
+            "base": base["source"],
+            "param_dtype": read_training_config(folder)["param_dtype"],
+        },
         identity={"kind": "checkpoint", "files_sha256": files, "base_sha256": base["sha256"]},
         codec_sha256=base["sha256"]["mimi"],
-        dtype=config.dtype or own_dtype,
-        own_dtype=own_dtype,
+        dtype=config.dtype,
         source=folder,
         verify=config.verify,
     )

@@ -62,8 +62,9 @@ class PaperMetricsConfig:
     user_filler: str = "silence"
     """What the user's stream holds: silence, encoded by Mimi, or -1 (nothing)."""
 
-    dtype: str | None = None
-    """float32 or bfloat16. None is the checkpoint's own; bfloat16 for a baseline."""
+    dtype: str = "float32"
+    """float32 or bfloat16, whatever the weights were saved in. In bfloat16 a clip's likelihood depends a
+    little on what is scored beside it."""
 
     limit: int | None = None
     """Score only so many ids of each task, drawn at random, with all their voices. The results are marked as
@@ -109,13 +110,11 @@ class PaperMetricsConfig:
             ("mode", MODES),
             ("text_filler", TEXT_FILLERS),
             ("user_filler", USER_FILLERS),
-            ("dtype", (None, *DTYPES)),
+            ("dtype", tuple(DTYPES)),
             ("verify", ("cached", "full")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         for name in ("limit", "bootstrap_draws", "batch_frames", "shard_clips"):
             value = getattr(self, name)
             if value is not None and value < 1:

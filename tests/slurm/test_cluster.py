@@ -137,7 +137,6 @@ def test_paper_metrics_are_shared_by_the_tasks_of_an_array_and_their_processes(c
         *("paper_metrics", logs, "launch.array=0-1", "launch.processes_per_node=2", "baseline=tiny"),
         *(
             "device=cpu",
-            "dtype=float32",
             "tasks=[tsc]",
             f"data.tsc={data}",
             f"output={output}",
