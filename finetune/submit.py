@@ -1,8 +1,8 @@
 """`python -m finetune.submit JOB [launch=SITE] [launch.KEY=VALUE ...] ARGUMENTS`: a job for SLURM.
 
-JOB is train, annotate, prepare or paper_metrics (a script in scripts/slurm), or sweep: one training job for
-each combination of values, by Hydra's multirun and submitit. What the site wants to know of a job is in
-configs/launch/SITE.yaml; ARGUMENTS are those of the command that the job runs.
+JOB is train, annotate, prepare, batch_inference or paper_metrics (a script in scripts/slurm), or sweep: one
+training job for each combination of values, by Hydra's multirun and submitit. What the site wants to know of
+a job is in configs/launch/SITE.yaml; ARGUMENTS are those of the command that the job runs.
 """
 
 import json
@@ -31,14 +31,13 @@ FILES = {
     "train": "train.sbatch",
     "annotate": "annotate.sbatch",
     "prepare": "prepare.sbatch",
+    "batch_inference": "batch_inference.sbatch",
     "paper_metrics": "run_paper_metrics.sh",
 }
 JOBS = (*FILES, "sweep")
 # Arguments that are the site's, not the command's.
 OWN = ("launch=", "launch.", "+launch.", "++launch.", "~launch.")
-# Jobs that are arrays, and those that have one node, alone or as a task of an array.
-ARRAYS = ("annotate", "prepare")
-ONE_NODE = (*ARRAYS, "paper_metrics")
+ARRAYS = ("annotate", "prepare", "batch_inference", "paper_metrics")
 
 
 @dataclass
@@ -46,7 +45,7 @@ class LaunchConfig:
     """What a site wants to know of a job. None leaves it to SLURM and its SBATCH_... variables."""
 
     nodes: int = 1
-    """Nodes of a training job. The others have one, or one for each task of an array."""
+    """Nodes of a training job. Tasks of arrays have one."""
 
     gpus_per_node: int | None = None
     """GPUs of each node or task. None asks for none: training starts one process on each node."""
@@ -69,7 +68,7 @@ class LaunchConfig:
     constraint: str | None = None
 
     array: str | None = None
-    """Tasks of annotate, prepare and, if wanted, paper_metrics, such as 0-31%8: 32 tasks, 8 at a time."""
+    """Tasks of what is shared by an array (all but train and sweep): 0-31%8 is 32 tasks, 8 at a time."""
 
     grace_sec: int = 180
     """A training job is asked to save and stop so long before its time limit. SLURM may be a minute early."""
@@ -139,7 +138,7 @@ def read_launch(overrides: Sequence[str]) -> LaunchConfig:
 def sbatch_flags(job: str, launch: LaunchConfig) -> dict[str, str | bool]:
     """Flags of sbatch without dashes, and their values; True for those without one."""
     flags: dict[str, str | bool | int | None] = {
-        "nodes": 1 if job in ONE_NODE else launch.nodes,
+        "nodes": 1 if job in ARRAYS else launch.nodes,
         "gpus-per-node": launch.gpus_per_node,
         "cpus-per-task": launch.cpus_per_task,
         "mem": launch.mem,
@@ -151,11 +150,11 @@ def sbatch_flags(job: str, launch: LaunchConfig) -> dict[str, str | bool]:
     }
     if job == "train":
         flags["signal"] = f"B:USR1@{launch.grace_sec}"
-    if job in ONE_NODE:
+    if job in ARRAYS:
         flags["array"] = launch.array
     if job != "sweep":
-        is_array = job in ONE_NODE and launch.array is not None
-        flags["output"] = str(Path(launch.log_dir, "%x-%A-%a.out" if is_array else "%x-%j.out"))
+        one = job not in ARRAYS or launch.array is None
+        flags["output"] = str(Path(launch.log_dir, "%x-%j.out" if one else "%x-%A-%a.out"))
     for flag in launch.flags:
         name, has_value, value = flag.removeprefix("--").partition("=")
         flags[name] = value if has_value else True
@@ -184,10 +183,10 @@ def sbatch_command(job: str, launch: LaunchConfig, arguments: Sequence[str]) -> 
     Raises:
         ValueError: an array without its tasks, or no scripts.
     """
-    if job in ARRAYS and launch.array is None:
+    if job in ("annotate", "prepare") and launch.array is None:
         raise ValueError(f"{job} is an array: give its tasks, such as launch.array=0-31%8")
     if job == "train" and launch.array is not None:
-        raise ValueError(f"launch.array is for {', '.join(ONE_NODE)}; a training job per value is `sweep`")
+        raise ValueError(f"launch.array is for {', '.join(ARRAYS)}; a training job per value is `sweep`")
     script = SCRIPTS / FILES[job]
     if not script.is_file():
         raise ValueError(f"{script} does not exist; submit from a checkout, installed by pip install -e .")

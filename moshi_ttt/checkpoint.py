@@ -30,7 +30,7 @@ from moshi.models.loaders import CheckpointInfo
 from moshi_ttt.building import ModelSettings, WeightFiles, build_model
 from moshi_ttt.digest import sha256
 from moshi_ttt.integration import live_contexts, ttt_layers, verify_contexts, verify_ttt_layers
-from moshi_ttt.loading import base_fingerprint, find_base
+from moshi_ttt.loading import ModelConfig, base_fingerprint, find_base
 from moshi_ttt.parameters import named_groups
 from moshi_ttt.tensor_file import write_tensors
 from moshi_ttt.whole import whole
@@ -331,7 +331,10 @@ def weight_paths(folder: Path) -> WeightFiles:
 
 
 def load_checkpoint(
-    path: str | Path, device: torch.device | str = "cpu", verify: str = "cached"
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    verify: str = "cached",
+    base_source: str | None = None,
 ) -> LoadedCheckpoint:
     """Restore the model of a checkpoint with the settings it was trained with.
 
@@ -339,6 +342,7 @@ def load_checkpoint(
         path: a run, a step or a consolidated folder.
         device: where to put the model.
         verify: "cached" trusts remembered digests of unchanged base model files; "full" reads them again.
+        base_source: another place with the same base model files, a hub repo or folder.
     Raises:
         ValueError: anything about the checkpoint or its base model is not as it was saved.
     """
@@ -348,7 +352,7 @@ def load_checkpoint(
     manifest = verify_files(folder)
     config = read_training_config(folder)
     settings = ModelSettings.from_config(config)
-    base = find_base(settings.model)
+    base = find_base(settings.model if base_source is None else ModelConfig(base_source))
     _verify_base(folder, manifest, base, verify == "full")
     weights = weight_paths(folder)
     if settings.ttt.enable and weights.ttt is None:

@@ -41,11 +41,23 @@ def streaming(model: LMModel, batch_size: int, max_chunk: int = 1) -> Iterator[N
 @contextmanager
 def encoding(mimi: MimiModel, batch_size: int, max_frames: int) -> Iterator[None]:
     """Encode `batch_size` rows of audio in calls of at most `max_frames` frames each, as one call would."""
-    assert isinstance(mimi.encoder_transformer, ProjectedTransformer)
     with mimi.streaming(batch_size):
-        for attention in _attentions(mimi.encoder_transformer.transformer):
-            _set_capacity(attention, round(max_frames * mimi.encoder_frame_rate / mimi.frame_rate))
+        _set_codec_capacity(mimi, mimi.encoder_transformer, max_frames)
         yield
+
+
+@contextmanager
+def decoding(mimi: MimiModel, batch_size: int, max_frames: int) -> Iterator[None]:
+    """Decode `batch_size` rows of codes in calls of at most `max_frames` frames each, as one call would."""
+    with mimi.streaming(batch_size):
+        _set_codec_capacity(mimi, mimi.decoder_transformer, max_frames)
+        yield
+
+
+def _set_codec_capacity(mimi: MimiModel, transformer: nn.Module | None, max_frames: int) -> None:
+    assert isinstance(transformer, ProjectedTransformer)
+    for attention in _attentions(transformer.transformer):
+        _set_capacity(attention, round(max_frames * mimi.encoder_frame_rate / mimi.frame_rate))
 
 
 def _attentions(transformer: StreamingTransformer) -> list[StreamingMultiheadAttention]:

@@ -15,7 +15,7 @@ from cluster import ENDED, ROOT, Cluster, missing, start_cluster
 from data_sets import copy_sample
 from paper_data import write_storycloze
 from prepared_data import LENGTHS, TINY_SHARDS, write_recordings
-from training import TINY, losses, records, run
+from training import TINY, losses, records, run, write_prompt
 
 from finetune.config import TrainConfig
 from finetune.data.prepared import PreparedSet
@@ -114,6 +114,27 @@ def test_tasks_of_an_array_transcribe_all_recordings(cluster, tmp_path):
     assert all(len(json.loads(path.read_text())["alignments"]) > 10 for path in transcripts)
 
 
+def test_tasks_of_an_array_answer_all_recordings(cluster, tmp_path):
+    trained = run(tmp_path / "run")
+    (tmp_path / "voices").mkdir()
+    voices = [write_prompt(tmp_path / "voices" / f"{number}.wav") for number in (1, 2, 3)]
+    printed = cluster.call(
+        *("bash", SCRIPTS / "submit_batch_inference.sh", trained, tmp_path / "voices"),
+        *(tmp_path / "answers", "", "0.5", "true"),
+        MOSHI_TTT_LAUNCH=f"launch.array=0-1 launch.log_dir={tmp_path / 'logs'}",
+    )
+    array = printed.split()[-1]
+    for task in (0, 1):
+        ended = cluster.wait(f"{array}_{task}")
+        said = (tmp_path / "logs" / f"batch_inference-{array}-{task}.out").read_text()
+        assert ended == "COMPLETED", said
+        assert f"{2 - task} of 3 recordings are this task's" in said
+    for voice in voices:
+        folder = tmp_path / "answers" / voice.stem
+        assert json.loads((folder / "meta.json").read_text())["seconds"] == 0.5
+        assert (folder / "perplexity.json").is_file()
+
+
 def test_tasks_of_an_array_prepare_all_shards(cluster, tmp_path):
     data = write_recordings(tmp_path / "data")
     output = tmp_path / "prepared"
@@ -135,13 +156,7 @@ def test_paper_metrics_are_shared_by_the_tasks_of_an_array_and_their_processes(c
     array = submit(
         cluster,
         *("paper_metrics", logs, "launch.array=0-1", "launch.processes_per_node=2", "baseline=tiny"),
-        *(
-            "device=cpu",
-            "tasks=[tsc]",
-            f"data.tsc={data}",
-            f"output={output}",
-            "shard_clips=2",
-        ),
+        *("device=cpu", "tasks=[tsc]", f"data.tsc={data}", f"output={output}", "shard_clips=2"),
     )
     for task in (0, 1):
         ended = cluster.wait(f"{array}_{task}")
