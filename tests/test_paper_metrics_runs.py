@@ -23,7 +23,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_swuggy(folder, ids=8)
     write_storycloze(folder / "tSC")
-    return [f"data.slm21={folder}", f"data.tsc={folder}/tSC", "tasks=[swuggy,tsc]", "shard_clips=3"]
+    return [f"data.slm21={folder}", f"data.tsc={folder}/tSC", "tasks=[swuggy,tsc]", "shard_clips=6"]
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,11 @@ class ClipEncoder:
 
     def __init__(self, mimi: MimiModel, model: LMModel, text_filler: str, user_filler: str):
         self.mimi = mimi
-        self.own = slice(1, 1 + model.dep_q)
         self.zero = model.zero_token_id
         self.text = model.text_padding_token_id if text_filler == "pad" else self.zero
-        self.silence = user_filler == "silence"
+        self.user_codebooks = model.n_q - model.dep_q
+        self.user_is_silent = user_filler == "silence"
+        self._silence: dict[int, torch.Tensor] = {}  # by frames: thousands of clips have few lengths
 
     def encode(self, path: Path, duration_sec: float) -> torch.Tensor:
         """Codes of a mono clip: text filler, the clip, user filler.
@@ -43,16 +44,25 @@ class ClipEncoder:
             ValueError: the clip cannot be read, or is too short to be scored.
         """
         recording = Recording(path, duration_sec, None, _SILENCE)
-        codes = encode_crop(self.mimi, read_samples(recording, self.mimi.sample_rate)).long()
-        if codes.shape[1] < 2:
+        clip = read_samples(recording, self.mimi.sample_rate)[:1]
+        codes = encode_crop(self.mimi, clip).long()
+        frames = codes.shape[1]
+        if frames < 2:
             raise ValueError(
                 f"{path} has {duration_sec:.3f} s, one frame of the codec: its acoustic codes have no target "
                 "in one forward pass; remove the clip and its partner"
             )
-        codes = F.pad(codes, (0, 0, 1, 0), value=self.text)
-        if not self.silence:
-            codes[self.own.stop :] = self.zero
-        return codes
+        text = torch.full((1, frames), self.text)
+        return torch.cat((text, codes, self._user(frames)))
+
+    def _user(self, frames: int) -> torch.Tensor:
+        """The user's stream, `[8, frames]`."""
+        if not self.user_is_silent:
+            return torch.full((self.user_codebooks, frames), self.zero)
+        if frames not in self._silence:
+            silence = np.zeros((1, frames * self.mimi.frame_size), np.float32)
+            self._silence[frames] = encode_crop(self.mimi, silence).long()
+        return self._silence[frames]
 
 
 @torch.no_grad()
