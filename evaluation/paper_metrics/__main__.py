@@ -6,6 +6,7 @@ of a SLURM array; whoever finishes last writes the results.
 """
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
@@ -80,16 +82,17 @@ def score_shards(
     with bar, logging_redirect_tqdm():
         for shard in shards:
             lengths = seconds[shard.task.name]
-            codes = [encoder.encode(shard.task.clips[name], lengths[name]) for name in shard.clips]
-            nll = {}
-            for batch in batches_by_length([c.shape[1] for c in codes], config.batch_frames):
-                found_nll = clip_nll(model, [codes[i] for i in batch])
-                nll.update(zip(batch, found_nll, strict=True))
-                heard += sum(lengths[shard.clips[i]] for i in batch)
+            frames = [math.ceil(lengths[name] * mimi.frame_rate) for name in shard.clips]
+            nll: dict[int, np.ndarray] = {}
+            for batch in batches_by_length(frames, config.batch_frames):
+                names = [shard.clips[i] for i in batch]
+                codes = [encoder.encode(shard.task.clips[name], lengths[name]) for name in names]
+                nll.update(zip(batch, clip_nll(model, codes), strict=True))
+                heard += sum(lengths[name] for name in names)
                 bar.update(len(batch))
                 rate = heard / (time.perf_counter() - started)
                 bar.set_postfix_str(f"{rate:.1f} x real time", refresh=False)
-            write_shard(shard, [nll[i] for i in range(len(codes))])
+            write_shard(shard, [nll[i] for i in range(len(shard.clips))])
     elapsed = time.perf_counter() - started
     logger.info(
         "scored %d clips, %.1f s of audio, in %.1f s: %.1f clips/s, %.1f times as fast as real time",
