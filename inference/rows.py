@@ -10,6 +10,7 @@ from moshi.models.lm import LMGen, LMModel
 
 from inference.noise import draw, uniform
 from moshi_ttt.finite_state import restart_rows
+from moshi_ttt.streaming import allow_chunks
 
 
 @dataclass
@@ -191,7 +192,11 @@ class Rows:
 
 @contextmanager
 def open_rows(
-    model: LMModel, sampling: Sampling, rows: int, watches: Sequence[StepWatch] = ()
+    model: LMModel,
+    sampling: Sampling,
+    rows: int,
+    watches: Sequence[StepWatch] = (),
+    max_chunk: int = 1,
 ) -> Iterator[Rows]:
     """Rows for conversations in codes; each begins with `start`. Without gradients.
 
@@ -200,9 +205,11 @@ def open_rows(
         sampling: how tokens are drawn; seeds are the conversations' own.
         rows: how many.
         watches: what looks on, to the end.
+        max_chunk: frames that a past may be given at once, see `inference.prefill`.
     """
     lm_gen = RowLMGen(model, sampling)
     with torch.no_grad(), lm_gen.streaming(rows):
+        allow_chunks(model, max_chunk)
         opened = Rows(lm_gen, watches)
         yield opened
         opened.finish_watches()

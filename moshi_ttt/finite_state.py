@@ -11,7 +11,7 @@ from moshi.modules.streaming import StreamingModule
 from moshi.modules.transformer import StreamingMultiheadAttention
 
 from moshi_ttt.integration import ttt_layers
-from moshi_ttt.ttt_layer import TTTState
+from moshi_ttt.ttt_state import TTTState
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from moshi_ttt.inner_loop import effective_weights
 from moshi_ttt.inner_network import fold, key_pass
 from moshi_ttt.inner_weights import InnerWeights, within
 from moshi_ttt.integration import ttt_layers
-from moshi_ttt.ttt_layer import TTTBase, TTTState
+from moshi_ttt.ttt_layer import TTTBase
+from moshi_ttt.ttt_state import TTTState
 
 logger = logging.getLogger(__name__)
 

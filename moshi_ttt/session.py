@@ -18,7 +18,7 @@ from moshi.modules.streaming import State, StreamingModule
 from moshi.modules.transformer import RingKVCache
 from moshi.utils.compile import CUDAGraphed
 
-from moshi_ttt.ttt_layer import TTTState
+from moshi_ttt.ttt_state import TTTState
 
 # What belongs to the process and not to the stream: it is made anew.
 _PROCESS = (torch.device, CUDAGraphed, ExitStack, FunctionType)

@@ -30,12 +30,21 @@ def streaming(model: LMModel, batch_size: int, max_chunk: int = 1) -> Iterator[N
     Raises:
         ValueError: max_chunk is below 1.
     """
+    with model.streaming(batch_size):
+        allow_chunks(model, max_chunk)
+        yield
+
+
+def allow_chunks(model: LMModel, max_chunk: int) -> None:
+    """Let a model whose stream has just begun take calls of at most `max_chunk` frames.
+
+    Raises:
+        ValueError: max_chunk is below 1.
+    """
     if max_chunk < 1:
         raise ValueError(f"max_chunk must be at least 1 frame, got {max_chunk}")
-    with model.streaming(batch_size):
-        for attention in _attentions(model.transformer):
-            _set_capacity(attention, max_chunk)
-        yield
+    for attention in _attentions(model.transformer):
+        _set_capacity(attention, max_chunk)
 
 
 @contextmanager

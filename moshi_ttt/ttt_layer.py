@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from moshi.modules.streaming import State, StreamingModule
+from moshi.modules.streaming import StreamingModule
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,6 +20,7 @@ from moshi_ttt.inner_loop import PendingUpdates, fold_finished, inner_loop, inne
 from moshi_ttt.inner_network import LAYER_NORM_EPS, InnerNorm, layer_norm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
 from moshi_ttt.projection import Projection
+from moshi_ttt.ttt_state import TTTState
 
 logger = logging.getLogger(__name__)
 
@@ -49,36 +50,6 @@ class InnerTokens:
     bound: InnerBound | None = None
     pending: PendingUpdates | None = None
     position: torch.Tensor | None = None
-
-
-@dataclass
-class TTTState(State):
-    """Streaming state of a TTT layer, updated in place.
-
-    Args:
-        inner: weights at the start of each row's mini-batch; copies, never the parameters.
-        pending: what the current mini-batch has gathered.
-        position: tokens that each row's mini-batch has seen, `[B]`.
-        initial: the learned weights of one row, for resets.
-        norm, step_scale: learned constants of the stream, laid out for the step.
-    """
-
-    inner: InnerWeights
-    pending: PendingUpdates
-    position: torch.Tensor
-    initial: InnerWeights
-    norm: InnerNorm
-    step_scale: torch.Tensor
-
-    def reset(self, reset_mask: torch.Tensor) -> None:
-        super().reset(reset_mask)
-        self.position.masked_fill_(reset_mask, 0)
-        nets = reset_mask.repeat_interleave(self.pending.lr.shape[0] // self.batch_size)
-        current = (*self.inner.weights, *self.inner.biases)
-        learned = (*self.initial.weights, *self.initial.biases)
-        for now, start in zip(current, learned, strict=True):
-            now.copy_(torch.where(nets[:, None, None], start.repeat(self.batch_size, 1, 1), now))
-        self.pending.clear(nets)
 
 
 class TTTBase(Float32Module, StreamingModule[TTTState]):
@@ -285,8 +256,7 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         state = self._streaming_state
         if state is not None:
             assert x.shape[0] == state.batch_size, f"streaming {state.batch_size} rows, got {x.shape[0]}"
-            frames = [self._step(frame, state) for frame in x.split(1, dim=1)]
-            return frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)
+            return self._step(x, state) if x.shape[1] == 1 else self._call(x, state)
         return self.forward_from(x, self.initial_weights(x.shape[0]))[0]
 
     def forward_from(self, x: torch.Tensor, start: InnerWeights) -> tuple[torch.Tensor, InnerWeights]:
@@ -320,6 +290,30 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             norm=self.norm(batch_size),
             step_scale=self.step_scale(),
         )
+
+    @torch.no_grad()
+    def _call(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
+        """Several frames `[B, T, C]` of each stream; what fills mini-batches is done as in training."""
+        first, last = self._whole_mini_batches(x.shape[1], state)
+        parts = [self._step(x[:, t : t + 1], state) for t in range(first)]
+        if last > first:
+            out, end = self.forward_from(x[:, first:last], state.inner)
+            rows = self._nets(state.exec_mask)[:, None, None]
+            current = (*state.inner.weights, *state.inner.biases)
+            for now, new in zip(current, (*end.weights, *end.biases), strict=True):
+                now.copy_(torch.where(rows, new, now))
+            parts.append(out)
+        parts += [self._step(x[:, t : t + 1], state) for t in range(last, x.shape[1])]
+        return torch.cat(parts, dim=1)
+
+    def _whole_mini_batches(self, length: int, state: TTTState) -> tuple[int, int]:
+        """The frames [first, last) of a call in which the rows that execute fill mini-batches together."""
+        positions = state.position[state.exec_mask].unique().tolist()
+        if len(positions) != 1 or self.observer is not None:  # who looks on wants to see the last frame
+            return 0, 0
+        first = -positions[0] % self.mini_batch_size
+        count = max(0, length - first) // self.mini_batch_size
+        return (first, first + count * self.mini_batch_size) if count else (0, 0)
 
     @torch.no_grad()
     def _step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
