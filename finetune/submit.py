@@ -1,8 +1,8 @@
 """`python -m finetune.submit JOB [launch=SITE] [launch.KEY=VALUE ...] ARGUMENTS`: a job for SLURM.
 
-JOB is train, annotate, prepare or batch_inference (scripts/slurm/JOB.sbatch), or sweep: one training job for
-each combination of values, by Hydra's multirun and submitit. What the site wants to know of a job is in
-configs/launch/SITE.yaml; ARGUMENTS are those of the command that the job runs.
+JOB is train, annotate, prepare, batch_inference or paper_metrics (a script in scripts/slurm), or sweep: one
+training job for each combination of values, by Hydra's multirun and submitit. What the site wants to know of
+a job is in configs/launch/SITE.yaml; ARGUMENTS are those of the command that the job runs.
 """
 
 import json
@@ -27,10 +27,17 @@ from configs.typed import typed_config
 from finetune.config import register, to_typed
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "slurm"
-JOBS = ("train", "annotate", "prepare", "batch_inference", "sweep")
+FILES = {
+    "train": "train.sbatch",
+    "annotate": "annotate.sbatch",
+    "prepare": "prepare.sbatch",
+    "batch_inference": "batch_inference.sbatch",
+    "paper_metrics": "run_paper_metrics.sh",
+}
+JOBS = (*FILES, "sweep")
 # Arguments that are the site's, not the command's.
 OWN = ("launch=", "launch.", "+launch.", "++launch.", "~launch.")
-ARRAYS = ("annotate", "prepare", "batch_inference")
+ARRAYS = ("annotate", "prepare", "batch_inference", "paper_metrics")
 
 
 @dataclass
@@ -44,7 +51,7 @@ class LaunchConfig:
     """GPUs of each node or task. None asks for none: training starts one process on each node."""
 
     processes_per_node: int | None = None
-    """Training processes on each node. None is one on each GPU."""
+    """Processes of training and paper_metrics on each node. None is one on each GPU."""
 
     cpus_per_task: int | None = None
     """CPU cores of each node of a training job, or of each task of an array."""
@@ -61,7 +68,7 @@ class LaunchConfig:
     constraint: str | None = None
 
     array: str | None = None
-    """Tasks of annotate, prepare and batch_inference, such as 0-31%8: 32 tasks, 8 at a time."""
+    """Tasks of what is shared by an array (all but train and sweep): 0-31%8 is 32 tasks, 8 at a time."""
 
     grace_sec: int = 180
     """A training job is asked to save and stop so long before its time limit. SLURM may be a minute early."""
@@ -82,7 +89,7 @@ class LaunchConfig:
     """Where logs go, on a file system that all nodes share."""
 
     preflight: bool = True
-    """Check nodes, data and disk before training starts."""
+    """Check nodes, data and disk before training starts; model and data before paper_metrics."""
 
     restarts: int = 0
     """How many times torchrun starts the training processes again after one has failed."""
@@ -180,7 +187,7 @@ def sbatch_command(job: str, launch: LaunchConfig, arguments: Sequence[str]) -> 
         raise ValueError(f"{job} is an array: give its tasks, such as launch.array=0-31%8")
     if job == "train" and launch.array is not None:
         raise ValueError(f"launch.array is for {', '.join(ARRAYS)}; a training job per value is `sweep`")
-    script = SCRIPTS / f"{job}.sbatch"
+    script = SCRIPTS / FILES[job]
     if not script.is_file():
         raise ValueError(f"{script} does not exist; submit from a checkout, installed by pip install -e .")
     flags = [

