@@ -26,12 +26,13 @@ class Source:
     Args:
         path: resolved.
         where: the list and line that names it, or its folder.
-        duration_sec: as the list has it; None where it has none.
+        duration_sec, speaker: as the list has them; None where it has none.
     """
 
     path: Path
     where: str
     duration_sec: float | None
+    speaker: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def _read_line(where: str, line: str, base: Path, inside: Path) -> Source | BadE
     duration = entry.get("duration")
     if duration is not None and not is_seconds(duration):
         return BadEntry(where, f"duration must be a number of seconds, got {duration!r}")
-    return Source(path, where, duration)
+    speaker = entry.get("speaker")
+    return Source(path, where, duration, None if speaker is None else str(speaker))
 
 
 def is_seconds(value: object) -> bool:
