@@ -13,6 +13,7 @@ figcaption { color: var(--faint); font-size: .9rem; } svg text { fill: currentCo
 .headline { border-left: 4px solid var(--series0); padding: .5rem 1rem; font-size: 1.1rem; }
 .partial { border-left: 4px solid var(--error); padding: .5rem 1rem; }
 .clear { font-weight: 700; } li { margin: .3rem 0; } td, th { white-space: nowrap; }
+td:first-child { white-space: normal; min-width: 11rem; }
 table.facts td { white-space: normal; }
 """
 

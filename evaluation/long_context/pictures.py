@@ -21,6 +21,7 @@ TITLES = {
     "semantic": "semantic codebook",
     "acoustic": "acoustic codebooks",
 }
+NETWORKS = ("gate_off", "base")  # arms that are another network
 _LOOK = {
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -61,7 +62,8 @@ def svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns:xlink="[^"]*"| xmlns="[^"]*"', "", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text)
+    text = re.sub(r'(<svg[^>]*?) width="([^"]*)"', r'\1 style="max-width: calc(\2 * 1.25)"', text)
     return text.replace(INK, "currentColor").replace("xlink:href", "href")
 
 
@@ -79,7 +81,9 @@ def by_position(content: dict[str, Any]) -> Figure:
             _curve(panel, _middles(content), arm["curve"][stream], number, name)
         panel.axhline(content["ln_card"], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
         place = (0.02, content["ln_card"])
-        panel.annotate("knows nothing: ln(card)", place, xycoords=("axes fraction", "data"), va="bottom")
+        panel.annotate(
+            "knows nothing: ln(card)", place, xycoords=("axes fraction", "data"), va="bottom", fontsize=7
+        )
         panel.set_title(TITLES[stream])
         panel.set_ylabel("NLL (nats a code)")
         _positions(panel, content)
@@ -90,15 +94,23 @@ def by_position(content: dict[str, Any]) -> Figure:
 def differences(content: dict[str, Any]) -> Figure:
     """Paired differences over positions."""
     title = "Differences on the same frames; below 0: the first predicts better; bands: 95 % over speakers"
-    figure, axes = _panels(len(TITLES), title)
-    for panel, stream in zip(axes, TITLES, strict=True):
-        for number, (name, pair) in enumerate(content["differences"].items()):
-            _curve(panel, _middles(content), pair["curve"][stream], number, name)
-        panel.axhline(0, color=INK, linewidth=0.8)
-        panel.set_title(TITLES[stream])
-        panel.set_ylabel("difference (nats a code)")
-        _positions(panel, content)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    numbered = list(enumerate(content["differences"].items()))
+    # Another network differs by far more than a memory: it has axes of its own.
+    memory = [one for one in numbered if not one[1][1]["of"][1].startswith(NETWORKS)]
+    network = [one for one in numbered if one not in memory]
+    rows = [pairs for pairs in (memory, network) if pairs]
+    figure = Figure(figsize=(4.7 * len(TITLES), 4.4 * len(rows) + 0.3), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(len(rows), len(TITLES), squeeze=False)
+    for pairs, panels in zip(rows, grid, strict=True):
+        for panel, stream in zip(panels, TITLES, strict=True):
+            for number, (name, pair) in pairs:
+                _curve(panel, _middles(content), pair["curve"][stream], number, name)
+            panel.axhline(0, color=INK, linewidth=0.8)
+            panel.set_title(TITLES[stream])
+            panel.set_ylabel("difference (nats a code)")
+            _positions(panel, content)
+        panels[0].legend(fontsize=8)
     return figure
 
 
@@ -153,7 +165,7 @@ def _curve(panel: Axes, x: Sequence[float], rows: Sequence[Sequence[Any]], numbe
     mean, low, high = ([math.nan if row[i] is None else row[i] for row in rows] for i in range(3))
     # Arms that agree lie on each other: the later ones are drawn thinner.
     panel.plot(x, mean, color=colour, marker="o", ms=3, linewidth=max(2.4 - 0.35 * number, 0.9), label=name)
-    panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    panel.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
 def _positions(panel: Axes, content: dict[str, Any], what: str = "position") -> None:

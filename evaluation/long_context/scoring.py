@@ -127,9 +127,8 @@ def run_jobs(
     chunk = whole_chunks(chunk_frames, mini_batch_frames(opened.model), min(forgetting, default=None))
     progress = Progress(title, sum(job.frames for job in todo), reader.mimi.frame_rate)
     for job in todo:
-        with running(opened.model, job.arm):
-            forgets = facts[job.arm.name].reset_frames
-            found = score(opened, job.pieces, recordings, reader, chunk, forgets, progress.add)
+        forgets = facts[job.arm.name].reset_frames
+        found = score(opened, job.arm, job.pieces, recordings, reader, chunk, forgets, progress.add)
         _write(job.path, found)
     progress.bar.close()
     hours = progress.done / progress.frame_rate / 3600
@@ -152,6 +151,7 @@ def whole_chunks(wanted: int, size: int, forgets: int | None) -> int:
 
 def score(
     opened: Opened,
+    arm: Arm,
     pieces: Sequence[Piece],
     recordings: Sequence[LongRecording],
     reader: CodeReader,
@@ -164,7 +164,8 @@ def score(
     for piece in pieces:
         parts = [reader.codes(recordings[index])[:, start:stop] for index, start, stop in piece.spans]
         codes = torch.cat(parts, dim=1)[None].to(opened.model.device)
-        nll = nll_by_frame(opened.model, codes, chunk_frames, forgets, on_frames)[0, 1:]
+        with running(opened.model, arm):
+            nll = nll_by_frame(opened.model, codes, chunk_frames, forgets, on_frames)[0, 1:]
         found[piece.name] = nll[:, nll.shape[1] - piece.kept :].numpy()
     return found
 

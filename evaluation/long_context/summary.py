@@ -93,13 +93,20 @@ def summarize(
         pair = {s: measured[arm.name][s] - measured[other.name][s] for s in measured[arm.name]}
         numbers = _numbers(pair, reach, bootstrap) | {"of": [arm.name, other.name], "from_frame": reach}
         content["differences"][f"{arm.name} - {other.name}"] = numbers
-        if other.memory == "reset":
-            forgets = facts[other.name].reset_frames
-            assert forgets is not None
-            content["headlines"].append(headline(numbers, reach, forgets, max(lengths), frame_rate))
-    content["checks"] = checks(wholes, arms, facts, tolerance)
+    for arm, other in comparisons(list(arms)):
+        forgets = facts[other.name].reset_frames
+        if forgets is not None:
+            still = content["differences"].get(f"{arm.name} - {Arm('inner_lr_0', arm.context).name}")
+            numbers = content["differences"][f"{arm.name} - {other.name}"]
+            content["headlines"].append(
+                headline(numbers, still, numbers["from_frame"], forgets, max(lengths), frame_rate)
+            )
     content["prefix"] = _prefix(scores, bootstrap, frame_rate)
     content["foreign"] = _foreign(scores, bootstrap, facts, near_frames)
+    content["checks"] = [
+        *checks(wholes, arms, facts, tolerance),
+        *_blind(scores, arms, facts, near_frames, tolerance),
+    ]
     samples = {
         name: _samples(streams, facts[name].receptive_field_frames, len(lengths))
         for name, streams in measured.items()
@@ -158,9 +165,23 @@ def _buckets(
 
 
 def headline(
-    numbers: dict[str, Any], reach: int, forgets: int, longest: int, frame_rate: float
+    numbers: dict[str, Any],
+    beside: dict[str, Any] | None,
+    reach: int,
+    forgets: int,
+    longest: int,
+    frame_rate: float,
 ) -> dict[str, Any]:
-    """The difference carried - reset beyond the receptive field, and what it says."""
+    """The difference carried - reset beyond the receptive field, and what it says.
+
+    Args:
+        numbers: of the pair.
+        beside: of carried - inner_lr_0, where there is that arm: without it, a cost of resetting looks like a
+            memory.
+        reach: the receptive field.
+        forgets: the reset's period.
+        longest: recording. All in frames.
+    """
     mean, low, high, stderr = numbers["beyond"][PRIMARY]
     recordings, speakers = numbers["beyond_recordings"], numbers["beyond_speakers"]
     where = f"beyond the receptive field of {reach:,} frames ({reach / frame_rate:,.0f} s)"
@@ -191,6 +212,13 @@ def headline(
         else:
             verdict = "lower" if high < 0 else "higher"
             text = f"Carrying the inner state makes the NLL {verdict} {where}: {interval}."
+        if beside is not None:
+            other = beside["beyond"][PRIMARY]
+            told = "no difference shown" if other[1] <= 0 <= other[2] else "which leaves out 0"
+            text += (
+                f" Against inner learning rate 0: {other[0]:+.4f} ({other[1]:+.4f} to {other[2]:+.4f}), "
+                f"{told}."
+            )
     return {
         "of": numbers["of"],
         "verdict": verdict,
@@ -218,15 +246,31 @@ def checks(
         before = slice(0, max(forgets - LONGEST_DELAY, 1))
         pairs = zip(wholes[arm.name], wholes[other.name], strict=True)
         apart = max(float(np.abs(a[:, before] - b[:, before]).max()) for a, b in pairs)
-        found.append(
-            {
-                "what": f"{arm.name} and {other.name} are the same before the first reset",
-                "expected": "0",
-                "found": f"largest difference {apart:.2g} nats",
-                "holds": apart <= tolerance,
-            }
-        )
+        found.append(_same(f"{arm.name} and {other.name} before the first reset", apart, tolerance))
     return found
+
+
+def _blind(
+    scores: Scores, arms: Sequence[Arm], facts: dict[str, ArmFacts], near_frames: int, tolerance: float
+) -> list[dict[str, Any]]:
+    """What learns nothing cannot tell a foreign prefix that attention does not reach."""
+    found = []
+    for arm in arms:
+        both = [(one[OWN], one[FAR]) for one in scores[arm.name] if FAR in one]
+        if arm.memory != "carried" and both and facts[arm.name].receptive_field_frames <= near_frames:
+            apart = max(float(np.abs(own - far).max()) for own, far in both)
+            what = f"{arm.name} behind its own prefix and behind one whose far part is foreign"
+            found.append(_same(what, apart, tolerance))
+    return found
+
+
+def _same(what: str, apart: float, tolerance: float) -> dict[str, Any]:
+    return {
+        "what": f"{what}: the same NLLs",
+        "expected": "0",
+        "found": f"largest difference {apart:.2g} nats",
+        "holds": apart <= tolerance,
+    }
 
 
 def _prefix(scores: Scores, bootstrap: Bootstrap, frame_rate: float) -> dict[str, Any] | None:
