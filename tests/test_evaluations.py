@@ -67,7 +67,7 @@ def test_a_run_with_evaluations_is_the_same_bit_for_bit(small, tmp_path):
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] != after[name]] == []
     assert losses(plain) == losses(measured)
-    shown = [[r for r in records(d, "diagnostics/layer_1")] for d in (plain, measured)]
+    shown = [records(d, "diagnostics/layer_1") for d in (plain, measured)]
     assert shown[0] == shown[1] != []
     found = records(measured, "long_context")
     assert [record["step"] for record in found] == [2, 4]
