@@ -123,9 +123,9 @@ class LongContext:
     def _nlls(
         self, opened: Opened, reader: CodeReader, arm: Arm, facts: dict[Arm, ArmFacts]
     ) -> list[np.ndarray]:
-        forgets = [one.reset_frames for one in facts.values() if one.reset_frames is not None]
+        forgetting = facts.get(Arm("reset"))
         size = mini_batch_frames(opened.model)
-        chunk = whole_chunks(self.config.chunk_frames, size, min(forgets, default=None))
+        chunk = whole_chunks(self.config.chunk_frames, size, forgetting and forgetting.reset_frames)
         nlls = []
         for index, recording in enumerate(self.recordings):
             length = reader.frames(recording)

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from evaluation.long_context.measures import PRIMARY
 
@@ -50,6 +50,8 @@ def draw_all(content: dict[str, Any], folder: Path) -> dict[str, str]:
     with matplotlib.rc_context(_LOOK):  # type: ignore[arg-type]
         for name, draw in drawn.items():
             figure = draw(content)
+            figure.draw_without_rendering()  # the layout, once for both files
+            figure.set_layout_engine("none")
             figure.savefig(folder / f"{name}.png", dpi=110, facecolor="white")
             found[name] = svg(figure)
     return found
@@ -177,7 +179,7 @@ def _positions(panel: Axes, content: dict[str, Any], what: str = "position") -> 
     rate = content["frame_rate"]
     above = panel.secondary_xaxis("top", functions=(lambda x: x / rate, lambda x: x * rate))
     above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    above.xaxis.set_minor_formatter(NullFormatter())
+    above.xaxis.set_minor_locator(NullLocator())
     above.set_xlabel(f"{what} (s)", fontsize=8)
     panel.grid(alpha=0.25)
     marks = {(w, "window", "--") for arm in content["arms"].values() for w in arm["windows_frames"]}

@@ -123,10 +123,11 @@ def run_jobs(
     logger.info("%s: %d of %d recordings x arms are scored already", title, len(jobs) - len(todo), len(jobs))
     if not todo:
         return
-    forgetting = [one.reset_frames for one in facts.values() if one.reset_frames is not None]
-    chunk = whole_chunks(chunk_frames, mini_batch_frames(opened.model), min(forgetting, default=None))
+    size = mini_batch_frames(opened.model)
     progress = Progress(title, sum(job.frames for job in todo), reader.mimi.frame_rate)
     for job in todo:
+        forgetting = facts.get(Arm("reset", job.arm.context).name)
+        chunk = whole_chunks(chunk_frames, size, forgetting and forgetting.reset_frames)
         forgets = facts[job.arm.name].reset_frames
         found = score(opened, job.arm, job.pieces, recordings, reader, chunk, forgets, progress.add)
         _write(job.path, found)

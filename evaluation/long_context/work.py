@@ -154,12 +154,10 @@ def refuse_short(
     reach = min(carried)
     raise ValueError(
         f"all recordings are too short: the longest, {recordings[longest].name}, has "
-        f"{plan.lengths[longest]:,} "
-        f"frames ({plan.lengths[longest] / frame_rate:.0f} s), but attention reaches {reach:,} frames "
-        f"({reach / frame_rate:.0f} s) back, so that nothing would show the memory. Give whole chapters "
-        f"(of one "
-        "voice, not cut by voice activity), narrower windows such as contexts=[100], or set allow_short=true "
-        "for curves without a headline"
+        f"{plan.lengths[longest]:,} frames ({plan.lengths[longest] / frame_rate:.0f} s), but attention "
+        f"reaches {reach:,} frames ({reach / frame_rate:.0f} s) back and {FEWEST_FRAMES} more are needed to "
+        "see what lies beyond. Give whole chapters (of one voice, not cut by voice activity), narrower windows "
+        "such as contexts=[100], or set allow_short=true for curves without a headline"
     )
 
 
