@@ -79,8 +79,6 @@ def summarize(
         "buckets": _buckets(edges, first.buckets, bootstrap.speakers, frame_rate),
         "ln_card": round(math.log(card), 6),
         "arms": {},
-        "differences": {},
-        "headlines": [],
     }
     for arm in arms:
         content["arms"][arm.name] = {
@@ -88,19 +86,8 @@ def summarize(
             **shown(facts[arm.name], frame_rate),
             **_numbers(measured[arm.name], facts[arm.name].receptive_field_frames, bootstrap),
         }
-    for arm, other in comparisons(list(arms)):
-        reach = facts[arm.name].receptive_field_frames
-        pair = {s: measured[arm.name][s] - measured[other.name][s] for s in measured[arm.name]}
-        numbers = _numbers(pair, reach, bootstrap) | {"of": [arm.name, other.name], "from_frame": reach}
-        content["differences"][f"{arm.name} - {other.name}"] = numbers
-    for arm, other in comparisons(list(arms)):
-        forgets = facts[other.name].reset_frames
-        if forgets is not None:
-            still = content["differences"].get(f"{arm.name} - {Arm('inner_lr_0', arm.context).name}")
-            numbers = content["differences"][f"{arm.name} - {other.name}"]
-            content["headlines"].append(
-                headline(numbers, still, numbers["from_frame"], forgets, max(lengths), frame_rate)
-            )
+    content["differences"] = _differences(measured, arms, facts, bootstrap)
+    content["headlines"] = _headlines(content["differences"], arms, facts, max(lengths), frame_rate)
     content["prefix"] = _prefix(scores, bootstrap, frame_rate)
     content["foreign"] = _foreign(scores, bootstrap, facts, near_frames)
     content["checks"] = [
@@ -112,6 +99,40 @@ def summarize(
         for name, streams in measured.items()
     }
     return content, samples
+
+
+def _differences(
+    measured: dict[str, dict[str, Measured]],
+    arms: Sequence[Arm],
+    facts: dict[str, ArmFacts],
+    bootstrap: Bootstrap,
+) -> dict[str, Any]:
+    """Paired differences, by name."""
+    found = {}
+    for arm, other in comparisons(list(arms)):
+        reach = facts[arm.name].receptive_field_frames
+        pair = {s: measured[arm.name][s] - measured[other.name][s] for s in measured[arm.name]}
+        numbers = _numbers(pair, reach, bootstrap) | {"of": [arm.name, other.name], "from_frame": reach}
+        found[f"{arm.name} - {other.name}"] = numbers
+    return found
+
+
+def _headlines(
+    differences: dict[str, Any],
+    arms: Sequence[Arm],
+    facts: dict[str, ArmFacts],
+    longest: int,
+    frame_rate: float,
+) -> list[dict[str, Any]]:
+    """One for each context that has both arms."""
+    found = []
+    for arm, other in comparisons(list(arms)):
+        forgets = facts[other.name].reset_frames
+        if forgets is not None:
+            numbers = differences[f"{arm.name} - {other.name}"]
+            still = differences.get(f"{arm.name} - {Arm('inner_lr_0', arm.context).name}")
+            found.append(headline(numbers, still, numbers["from_frame"], forgets, longest, frame_rate))
+    return found
 
 
 def _samples(streams: dict[str, Measured], reach: int, count: int) -> list[dict[str, Any]]:
@@ -213,12 +234,7 @@ def headline(
             verdict = "lower" if high < 0 else "higher"
             text = f"Carrying the inner state makes the NLL {verdict} {where}: {interval}."
         if beside is not None:
-            other = beside["beyond"][PRIMARY]
-            told = "no difference shown" if other[1] <= 0 <= other[2] else "which leaves out 0"
-            text += (
-                f" Against inner learning rate 0: {other[0]:+.4f} ({other[1]:+.4f} to {other[2]:+.4f}), "
-                f"{told}."
-            )
+            text += _against_still(beside["beyond"][PRIMARY])
     return {
         "of": numbers["of"],
         "verdict": verdict,
@@ -227,6 +243,16 @@ def headline(
         "recordings": recordings,
         "speakers": speakers,
     }
+
+
+def _against_still(row: Row) -> str:
+    """The difference carried - inner_lr_0 in words."""
+    mean, low, high = row[:3]
+    assert mean is not None
+    assert low is not None
+    assert high is not None
+    told = "no difference shown" if low <= 0 <= high else "which leaves out 0"
+    return f" Against inner learning rate 0: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {told}."
 
 
 def checks(

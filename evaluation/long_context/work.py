@@ -156,8 +156,8 @@ def refuse_short(
         f"all recordings are too short: the longest, {recordings[longest].name}, has "
         f"{plan.lengths[longest]:,} frames ({plan.lengths[longest] / frame_rate:.0f} s), but attention "
         f"reaches {reach:,} frames ({reach / frame_rate:.0f} s) back and {FEWEST_FRAMES} more are needed to "
-        "see what lies beyond. Give whole chapters (of one voice, not cut by voice activity), narrower windows "
-        "such as contexts=[100], or set allow_short=true for curves without a headline"
+        "see what lies beyond. Give whole chapters (of one voice, not cut by voice activity), narrower "
+        "windows such as contexts=[100], or set allow_short=true for curves without a headline"
     )
 
 
