@@ -278,6 +278,8 @@ def test_the_headline_says_what_the_interval_says():
     assert beside.endswith(
         "Against inner learning rate 0: +0.0100 (-0.1000 to +0.1000), no difference shown."
     )
+    worse = told([-0.2, -0.3, -0.1, 0.05], beside=[0.2, 0.1, 0.3, 0])["text"]
+    assert worse.endswith("carrying predicts WORSE than learning nothing.")
 
 
 def test_comparisons_stay_within_a_context():

@@ -220,6 +220,7 @@ def test_another_checkpoint_or_setting_uses_no_old_file(done, runs, small, tmp_p
     assert len(set(output.glob("raw/*/*.npz"))) == len(before) + 10
     partial = (output / "report.html").read_text()
     assert "Partial: limit=2: 2 of 6 recordings" in partial
+    assert "PARTIAL: limit=2: 2 of 6 recordings" in partial[partial.index("<svg") :]  # each figure
     results = [json.loads(path.read_text()) for path in output.glob("results_*.json")]
     assert all(found["results"]["long_context"]["partial"].startswith("limit=2") for found in results)
     samples = [json.loads(line) for path in output.glob("samples*") for line in path.read_text().splitlines()]

@@ -125,10 +125,14 @@ def reach_of(model: LMModel) -> dict[str, Any]:
     }
 
 
-def refuse_other_codec(first: Opened, other: Opened) -> None:
-    """Raise ValueError unless both models have one codec and text vocabulary."""
+def refuse_other_codec(checkpoint: dict[str, str], baseline: dict[str, str]) -> None:
+    """Raise ValueError unless both base models have one codec and text vocabulary.
+
+    Args:
+        checkpoint, baseline: sums of their files.
+    """
     for part in ("mimi", "tokenizer"):
-        if first.identity["base"][part] != other.identity["base"][part]:
+        if checkpoint[part] != baseline[part]:
             raise ValueError(
                 f"checkpoint and baseline have another {part}, so they do not predict the same codes; give a "
                 f"baseline with the checkpoint's {part}"

@@ -50,6 +50,8 @@ def draw_all(content: dict[str, Any], folder: Path) -> dict[str, str]:
     with matplotlib.rc_context(_LOOK):  # type: ignore[arg-type]
         for name, draw in drawn.items():
             figure = draw(content)
+            if content["partial"]:
+                figure.suptitle(f"{figure.get_suptitle()}\nPARTIAL: {content['partial']}")
             figure.draw_without_rendering()  # the layout, once for both files
             figure.set_layout_engine("none")
             figure.savefig(folder / f"{name}.png", dpi=110, facecolor="white")

@@ -89,13 +89,13 @@ def title_of(content: dict[str, Any]) -> str:
 
 def console(content: dict[str, Any]) -> str:
     """The numbers for a terminal: arms, differences, headline."""
-    lines = [f"{'NLL (nats a code)':34s}" + "".join(f"{stream:>26s}" for stream in TITLES)]
-    for name, arm in content["arms"].items():
-        lines.append(f"{name:34s}" + "".join(f"{_text(arm['all'][s]):>26s}" for s in TITLES))
+    rows = [("NLL (nats a code)", list(TITLES))]
+    rows += [(name, [_text(arm["all"][s]) for s in TITLES]) for name, arm in content["arms"].items()]
     for name, pair in content["differences"].items():
         for key, where in (("all", "all"), ("beyond", f"from frame {pair['from_frame']:,}")):
-            label = f"{name}, {where}"
-            lines.append(f"{label:34s}" + "".join(f"{_text(pair[key][s], '+'):>26s}" for s in TITLES))
+            rows.append((f"{name}, {where}", [_text(pair[key][s], "+") for s in TITLES]))
+    width = max(len(label) for label, _ in rows)
+    lines = [f"{label:{width}s}" + "".join(f"{cell:>26s}" for cell in cells) for label, cells in rows]
     lines += [
         f"check: {c['what']}: {'holds' if c['holds'] else 'DOES NOT HOLD'}, {c['found']}"
         for c in content["checks"]

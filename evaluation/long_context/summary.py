@@ -251,7 +251,9 @@ def _against_still(row: Row) -> str:
     assert mean is not None
     assert low is not None
     assert high is not None
-    told = "no difference shown" if low <= 0 <= high else "which leaves out 0"
+    told = "no difference shown"
+    if low > 0 or high < 0:
+        told = "carrying predicts better" if high < 0 else "carrying predicts WORSE than learning nothing"
     return f" Against inner learning rate 0: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {told}."
 
 

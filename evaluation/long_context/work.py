@@ -58,18 +58,19 @@ def do(
     count: int,
 ) -> Work:
     """Score this process's share, part `index` of `count`, one model in memory at a time."""
-    work = first = None
+    work = None
+    parts: dict[str, str] = {}
     for wanted in models_of(config):
         opened = open_model(wanted, device)
         logger.info("%s: %s", ", ".join(wanted.memories), context_line(opened.model, inference=True))
-        if work is None or first is None:
+        if work is None:
             reader = make_reader(opened, config, device)
             plan = plan_of(opened, config, recordings, reader)
             tolerance = 1e-4 if opened.model.dtype == torch.float32 else 0.25
             work = Work(reader, plan, [], {}, [], {}, opened.model.card, tolerance)
-            first = opened
+            parts = opened.identity["base"]
         else:
-            refuse_other_codec(first, opened)
+            refuse_other_codec(parts, opened.identity["base"])
         arms = config.crossed(wanted.memories)
         work.facts |= {arm.name: facts_of(opened, arm, config.reset_frames) for arm in arms}
         if work.arms == [] and not config.allow_short:
@@ -94,7 +95,7 @@ def do(
         work.arms += arms
         work.jobs += jobs
         work.models[role] = opened.about
-        first.model = opened.model  # the one before is freed
+        del opened  # before the next is loaded
     assert work is not None
     ordered = [arm.name for arm in config.crossed(config.memories(True, True))]
     work.arms.sort(key=lambda arm: ordered.index(arm.name))
@@ -188,6 +189,9 @@ def conclude(
     partial = "" if config.limit is None else f"limit={config.limit}: {len(recordings)} of {found} recordings"
     if config.max_sec is not None:
         partial += f"{'; ' if partial else ''}max_sec={config.max_sec:g}: only the starts of recordings"
+    if partial:
+        for headline in content["headlines"]:
+            headline["text"] = f"PARTIAL ({partial}). {headline['text']}"
     listed = [
         {
             "name": recording.name,
