@@ -123,30 +123,31 @@ def _differences(content: dict[str, Any]) -> str:
     ]  # fmt: skip
     return (
         '<h2>Paired differences</h2><p class="about">nats a code, mean over recordings (95 % interval over '
-        "speakers); below 0 the first of the two predicts better; bold: the interval leaves out 0</p>"
-        + table(["", *TITLES.values(), "recordings"], rows)
+        "speakers); below 0 the first of the two predicts better; bold: the interval leaves out 0. w100: all "
+        "codebooks, the semantic one 100 times</p>" + table(["", *TITLES, "recordings"], rows)
     )
 
 
 def _arms(content: dict[str, Any]) -> str:
-    rows = []
+    rows, meanings = [], {}
     for name, arm in content["arms"].items():
-        windows = "/".join(f"{w:,}" for w in arm["windows_frames"])
-        reset = f", N = {arm['reset_frames']:,}" if arm["reset_frames"] else ""
-        reach = f"{arm['receptive_field_frames']:,}"
+        meanings[name.partition("@")[0]] = arm["meaning"]
         rows.append(
             [
-                f"{html.escape(name)}<br><span class='what'>{html.escape(arm['meaning'] + reset)}</span>",
-                windows,
-                reach,
+                html.escape(name),
+                "/".join(f"{w:,}" for w in arm["windows_frames"]),
+                f"{arm['receptive_field_frames']:,}",
+                f"{arm['reset_frames']:,}" if arm["reset_frames"] else "",
                 *(cell(arm["all"][stream]) for stream in TITLES),
                 cell(arm["beyond"][PRIMARY]),
             ]
         )
-    head = ["arm", "windows", "receptive field", *TITLES.values(), "w100 beyond the receptive field"]
+    head = ["arm", "windows", "receptive field", "reset every", *TITLES, "w100 beyond"]
+    told = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in meanings.items())
     return (
-        "<h2>Arms</h2><p class='about'>NLL in nats a code over whole recordings; a model that knows nothing: "
-        f"{content['ln_card']:.4f}</p>" + table(head, rows)
+        "<h2>Arms</h2><p class='about'>NLL in nats a code over whole recordings, and (last column) beyond "
+        "the arm's receptive field; windows, fields and resets in frames; a model that knows nothing: "
+        f"{content['ln_card']:.4f}</p>{table(head, rows)}<table class='facts'>{told}</table>"
     )
 
 

@@ -12,9 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from evaluation.long_context.arms import MEMORIES
 from evaluation.long_context.measures import PRIMARY
 
 INK = "#1b1b1a"  # becomes the colour of the page's text
+STYLES = ("-", "--", ":", "-.")
 COLOURS = ("#2a78d6", "#d95926", "#2e9e63", "#a05cc4", "#8d7a2e", "#c2477f", "#1f9aa8", "#7d7f86")
 TITLES = {
     PRIMARY: "all codebooks, semantic x 100 (w100)",
@@ -81,8 +83,8 @@ def by_position(content: dict[str, Any]) -> Figure:
     """NLL over positions, a line for each arm."""
     figure, axes = _panels(len(TITLES), "NLL by position in the recording; bands: 95 % over speakers")
     for panel, stream in zip(axes, TITLES, strict=True):
-        for number, (name, arm) in enumerate(content["arms"].items()):
-            _curve(panel, _middles(content), arm["curve"][stream], number, name)
+        for name, arm in content["arms"].items():
+            _curve(panel, _middles(content), arm["curve"][stream], name, _look(name, content))
         panel.axhline(content["ln_card"], color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
         place = (0.02, content["ln_card"])
         panel.annotate(
@@ -98,18 +100,19 @@ def by_position(content: dict[str, Any]) -> Figure:
 def differences(content: dict[str, Any]) -> Figure:
     """Paired differences over positions."""
     title = "Differences on the same frames; below 0: the first predicts better; bands: 95 % over speakers"
-    numbered = list(enumerate(content["differences"].items()))
+    found = content["differences"]
     # Another network differs by far more than a memory: it has axes of its own.
-    memory = [one for one in numbered if not one[1][1]["of"][1].startswith(NETWORKS)]
-    network = [one for one in numbered if one not in memory]
+    network = [name for name, pair in found.items() if pair["of"][1].startswith(NETWORKS)]
+    memory = [name for name in found if name not in network]
     rows = [pairs for pairs in (memory, network) if pairs]
     figure = Figure(figsize=(4.7 * len(TITLES), 4.4 * len(rows) + 0.3), layout="constrained")
     figure.suptitle(title)
     grid = figure.subplots(len(rows), len(TITLES), squeeze=False)
     for pairs, panels in zip(rows, grid, strict=True):
         for panel, stream in zip(panels, TITLES, strict=True):
-            for number, (name, pair) in pairs:
-                _curve(panel, _middles(content), pair["curve"][stream], number, name)
+            for name in pairs:
+                look = _look(found[name]["of"][1], content)
+                _curve(panel, _middles(content), found[name]["curve"][stream], name, look)
             panel.axhline(0, color=INK, linewidth=0.8)
             panel.set_title(TITLES[stream])
             panel.set_ylabel("difference (nats a code)")
@@ -124,8 +127,8 @@ def controls(content: dict[str, Any]) -> Figure:
     figure, axes = _panels(bool(prefix) + bool(foreign), "Controls: the same target each time (w100)")
     if prefix:
         panel = axes.pop(0)
-        for number, (name, streams) in enumerate(prefix["minus_shortest"].items()):
-            _curve(panel, prefix["frames"], streams[PRIMARY], number, name)
+        for name, streams in prefix["minus_shortest"].items():
+            _curve(panel, prefix["frames"], streams[PRIMARY], name, _look(name, content))
         panel.axhline(0, color=INK, linewidth=0.8)
         panel.set_title("the prefix grows")
         panel.set_ylabel(f"NLL - NLL behind {prefix['frames'][0]} frames (nats a code)")
@@ -164,12 +167,20 @@ def _middles(content: dict[str, Any]) -> list[float]:
     return [math.sqrt(max(b["from_frame"], 1) * b["to_frame"]) for b in content["buckets"]]
 
 
-def _curve(panel: Axes, x: Sequence[float], rows: Sequence[Sequence[Any]], number: int, name: str) -> None:
-    colour = COLOURS[number % len(COLOURS)]
+def _look(name: str, content: dict[str, Any]) -> tuple[str, str]:
+    """Colour and style of an arm's lines: a colour for each memory, a style for each context."""
+    contexts = list(dict.fromkeys(arm.partition("@")[2] for arm in content["arms"]))
+    memory, _, context = name.partition("@")
+    return COLOURS[MEMORIES.index(memory)], STYLES[contexts.index(context) % len(STYLES)]
+
+
+def _curve(
+    panel: Axes, x: Sequence[float], rows: Sequence[Sequence[Any]], name: str, look: tuple[str, str]
+) -> None:
+    colour, style = look
     mean, low, high = ([math.nan if row[i] is None else row[i] for row in rows] for i in range(3))
-    # Arms that agree lie on each other: the later ones are drawn thinner.
-    panel.plot(x, mean, color=colour, marker="o", ms=3, linewidth=max(2.4 - 0.35 * number, 0.9), label=name)
-    panel.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    panel.plot(x, mean, color=colour, linestyle=style, marker="o", ms=3, linewidth=1.5, label=name)
+    panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
 def _positions(panel: Axes, content: dict[str, Any], what: str = "position") -> None:
