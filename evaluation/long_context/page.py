@@ -8,7 +8,7 @@ from evaluation.long_context.pictures import TITLES
 from finetune.data.check_page import STYLE
 
 OWN_STYLE = """
-body { max-width: 84rem; } figure { margin: 1rem 0 1.6rem; }
+body { max-width: 90rem; } figure { margin: 1rem 0 1.6rem; }
 figcaption { color: var(--faint); font-size: .9rem; } svg text { fill: currentColor; font-size: inherit; }
 .headline { border-left: 4px solid var(--series0); padding: .5rem 1rem; font-size: 1.1rem; }
 .partial { border-left: 4px solid var(--error); padding: .5rem 1rem; }
