@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluation.long_context.arms import Arm, running
+from evaluation.long_context.arms import Arm, parse_context, running
 from evaluation.long_context.codes import CodeReader
 from evaluation.long_context.models import Opened, reach_of
 from evaluation.long_context.pieces import Piece, Plan
 from evaluation.long_context.recordings import LongRecording
 from inference.likelihood import nll_by_frame, reset_frames
-from moshi_ttt.memory_arms import mini_batch_frames
+from moshi_ttt.memory_arms import attention_contexts, mini_batch_frames
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class ArmFacts:
 
 
 def facts_of(opened: Opened, arm: Arm, wanted_reset: int | None) -> ArmFacts:
-    """What an arm means for a model."""
-    with running(opened.model, arm):
+    """What an arm means for a model. Its parameters are not looked at."""
+    with attention_contexts(opened.model, *parse_context(arm.context)):
         forgets = reset_frames(opened.model, wanted_reset) if arm.memory == "reset" else None
         return ArmFacts(**reach_of(opened.model), reset_frames=forgets)
 
