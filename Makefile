@@ -31,6 +31,7 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.streaming_step
 	$(BIN)/python -m benchmarks.diagnostics_overhead
 	$(BIN)/python -m benchmarks.data_loading
+	$(BIN)/python -m benchmarks.long_context
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -15,11 +15,16 @@ FEWEST_ROWS = 5
 
 @dataclass
 class Interval:
-    """A mean and its 95 % confidence interval."""
+    """A mean and its 95 % confidence interval.
+
+    Args:
+        stderr: standard error of the mean; NaN where it was not computed.
+    """
 
     mean: float
     low: float
     high: float
+    stderr: float = float("nan")
 
 
 def mean_interval(values: Sequence[float], lowest: float, highest: float) -> Interval:
@@ -56,8 +61,25 @@ def ratio_intervals(sums: np.ndarray, counts: np.ndarray, draws: int, seed: int 
             intervals.append(Interval(float(mean), float("nan"), float("nan")))
             continue
         low, high = np.nanpercentile(column, (2.5, 97.5))
-        intervals.append(Interval(float(mean), float(low), float(high)))
+        intervals.append(Interval(float(mean), float(low), float(high), float(np.nanstd(column))))
     return intervals
+
+
+def cluster_intervals(
+    values: np.ndarray, clusters: Sequence[str], draws: int, seed: int = 0
+) -> list[Interval]:
+    """Means over the recordings of each column, with bootstrap intervals over clusters, such as speakers.
+
+    Args:
+        values: `[recordings, columns]`; NaN is no value.
+        clusters: of each recording.
+    """
+    names, rows = np.unique(np.asarray(clusters), return_inverse=True)
+    there = ~np.isnan(values)
+    sums, counts = np.zeros((len(names), values.shape[1])), np.zeros((len(names), values.shape[1]))
+    np.add.at(sums, rows, np.where(there, values, 0.0))
+    np.add.at(counts, rows, there)
+    return ratio_intervals(sums, counts, draws, seed)
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

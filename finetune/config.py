@@ -10,6 +10,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from configs.typed import typed_config
 from finetune.data.config import DataConfig
 from finetune.data.prepared import PER_CLIP, WHOLE
+from finetune.evaluations import validate_evaluations
 from finetune.persistence import refuse_broken_mini_batches
 from moshi_ttt.building import ModelSettings
 from moshi_ttt.config import TTTConfig
@@ -175,6 +176,11 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """What else is measured while training, such as {_target_:
+    evaluation.long_context.during_training.LongContext, every_steps: 500, recordings: FOLDER}; see
+    finetune/evaluations.py."""
+
     init_from: str | None = None
     """Start from the weights of a checkpoint (ours or moshi-finetune's); all settings are this run's."""
 
@@ -249,6 +255,7 @@ class TrainConfig:
         if self.ttt.persistent_states:
             refuse_broken_mini_batches(self.duration_sec, self.ttt.mini_batch_size if self.ttt.enable else 1)
         self._validate_data()
+        validate_evaluations(self.evaluations)
         if self.max_carried_gib is not None and not self.max_carried_gib > 0:
             raise ValueError(f"max_carried_gib must be above 0, or null; got {self.max_carried_gib}")
         for name in ("lr", "ttt_lr", "gate_lr", "max_norm"):

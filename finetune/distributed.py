@@ -13,6 +13,8 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from moshi_ttt.device import device_of_process
+
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
@@ -97,28 +99,6 @@ def first_host(nodes: str) -> str:
     return "".join(part or "" for part in found.groups())
 
 
-def choose_device(device: str, local_rank: int, gpus: int) -> torch.device:
-    """Where the process computes that is `local_rank` on a node where it sees `gpus` GPUs.
-
-    A process that sees one GPU takes that: schedulers may show each of its tasks its own.
-
-    Raises:
-        ValueError: an unknown device, cuda where there is none, or more processes than GPUs.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda; got {device!r}")
-    if device == "cuda" and not gpus:
-        raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or install a driver")
-    if device == "cpu" or not gpus:
-        return torch.device("cpu")
-    if gpus > 1 and local_rank >= gpus:
-        raise ValueError(
-            f"process {local_rank} of this node has no GPU: torch sees {gpus}; start as many processes on "
-            "each node as it has GPUs"
-        )
-    return torch.device("cuda", local_rank if gpus > 1 else 0)
-
-
 def start(device: str) -> Process:
     """Find this process's place and join the others.
 
@@ -126,7 +106,7 @@ def start(device: str) -> Process:
         ValueError: an impossible device or place.
     """
     place = find_place(os.environ)
-    target = choose_device(device, place.local_rank, torch.cuda.device_count())
+    target = device_of_process(device, place.local_rank, torch.cuda.device_count())
     if target.type == "cuda":
         torch.cuda.set_device(target)
     if place.world_size > 1:

@@ -20,6 +20,7 @@ from finetune.data.interleaver import TextTokens
 from finetune.data.order import Sampling
 from finetune.data.prepared import WHOLE, PreparedSet
 from finetune.distributed import Process, share, start, stop, tell_lost, wait_for_all
+from finetune.evaluations import Subject, make_evaluations
 from finetune.loss import LossModel
 from finetune.persistence import GIB, available_bytes, refuse_oversized
 from finetune.plot import plot_losses
@@ -101,7 +102,13 @@ def build_parts(
     if config.eval.prompt is not None:
         prompt = read_recording(config.eval.prompt, mimi.sample_rate)
     save_base = config.mode == "full" or weights.base is not None
-    return Parts(loss_model, base, mimi, tokenizer, encoder, valid_clips, prompt, save_base, sharded)
+    evaluations = make_evaluations(config.evaluations)
+    subject = Subject(model, base, mimi, tokenizer, 0, Path(config.run_dir))
+    for scheduled in evaluations:
+        scheduled.evaluation.check(subject)
+    return Parts(
+        loss_model, base, mimi, tokenizer, encoder, valid_clips, prompt, save_base, sharded, evaluations
+    )
 
 
 def make_batches(
@@ -163,6 +170,7 @@ def train(config: TrainConfig, process: Process) -> Path:
         try:
             if config.mode == "frozen":
                 trainer.evaluate()
+                trainer.measure(parts.evaluations)
             else:
                 trainer.train(point, stop)
         except StoppedBySignal as reason:

@@ -21,6 +21,7 @@ from finetune.data.chunks import ChunkEncoder
 from finetune.data.clips import Batch, Clip, ClipEncoder, Encoder
 from finetune.data.prepared import WHOLE
 from finetune.distributed import Process, gather, sum_gradients, sum_over_processes, wait_for_all
+from finetune.evaluations import Scheduled, Subject, run_evaluations
 from finetune.loss import (
     LossModel,
     LossWeights,
@@ -63,6 +64,7 @@ class Parts:
         prompt: a recording to answer at each evaluation `[n]`, or None.
         save_base: whether checkpoints need all base weights.
         sharded: `loss_model`, where it is split over processes.
+        evaluations: what else is measured while training.
     """
 
     loss_model: LossModel
@@ -74,6 +76,7 @@ class Parts:
     prompt: torch.Tensor | None
     save_base: bool
     sharded: ShardedModel | None = None
+    evaluations: Sequence[Scheduled] = ()
 
     @property
     def model(self) -> LMModel:
@@ -142,8 +145,8 @@ class Trainer:
         hidden = True if not self.process.is_main else None
         bar = tqdm(total=config.max_steps, initial=self.step, desc="training", unit="step", disable=hidden)
         with bar, logging_redirect_tqdm():
-            if self.step and self.evaluated_step != self.step and self._is_due(config.eval.every_steps):
-                self.evaluate()  # what a request to stop has put off
+            if self.step and self.evaluated_step != self.step:
+                self.evaluate_due()  # what a request to stop has put off
             while self.step < config.max_steps:
                 self._stop_if_asked(stop)
                 values = self.train_step()
@@ -151,9 +154,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{values['loss']:.3f}", frames_s=f"{values['frames_per_s']:.0f}")
                 if self.step % config.log_every == 0 or self.step in (1, config.max_steps):
                     self.log_step(values)
-                if self._is_due(config.eval.every_steps):
-                    self._stop_if_asked(stop)  # the time to save may not last for an evaluation
-                    self.evaluate()
+                self.evaluate_due(stop)
                 if self._is_due(config.checkpoint.every_steps) or self.step == config.max_steps:
                     self.save()
         self.saver.require_saved()
@@ -282,6 +283,34 @@ class Trainer:
             values["frames_per_s"],
         )
 
+    def evaluate_due(self, stop: StopRequests | None = None) -> None:
+        """The evaluations that are due after this step."""
+        validate = self._is_due(self.config.eval.every_steps)
+        due = [scheduled for scheduled in self.parts.evaluations if self._is_due(scheduled.every_steps)]
+        if validate or due:
+            self._stop_if_asked(stop)  # the time to save may not last for an evaluation
+        if validate:
+            self.evaluate()
+        if due:
+            self.measure(due)
+
+    def measure(self, scheduled: Sequence[Scheduled]) -> None:
+        """Run evaluations that the config names, on the main process."""
+        parts, model = self.parts, self._whole_model()
+        if self.metrics is not None:
+            assert model is not None
+            subject = Subject(model, parts.base, parts.mimi, parts.tokenizer, self.step, self.run_dir)
+            for name, values in run_evaluations(scheduled, subject):
+                self.metrics.log(self.step, name, values)
+        wait_for_all(self.process)
+        self.evaluated_step = self.step
+
+    def _whole_model(self) -> LMModel | None:
+        """The model, or a whole copy of a sharded one: on the main process. All must call this."""
+        if self.parts.sharded is None:
+            return self.parts.model
+        return whole_copy(self.parts.sharded, self.process)
+
     def evaluate(self) -> dict[str, float]:
         """Validation loss and an answer to the prompt, where the config has them."""
         parts, config = self.parts, self.config
@@ -309,10 +338,7 @@ class Trainer:
 
     def _answer(self, prompt: torch.Tensor) -> None:
         """Let the model answer the prompt, on the main process."""
-        parts = self.parts
-        model: LMModel | None = parts.model
-        if parts.sharded is not None:
-            model = whole_copy(parts.sharded, self.process)
+        parts, model = self.parts, self._whole_model()
         if self.metrics is None:
             return
         assert model is not None

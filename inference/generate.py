@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from inference.stream import (
     write_wav,
 )
 from moshi_ttt.checkpoint import LoadedCheckpoint, load_checkpoint
+from moshi_ttt.device import device_of_process
 from moshi_ttt.finite_state import FiniteStateCheck
 from moshi_ttt.integration import context_line, describe, ttt_layers
 from moshi_ttt.loading import load_mimi, load_tokenizer
@@ -109,14 +111,12 @@ def output_files(output: str) -> tuple[Path, Path, Path]:
 
 
 def choose_device(device: str) -> torch.device:
-    """The device that a config's word means."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda; got {device!r}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or install a driver")
-    return torch.device(device)
+    """The device that a config's word means: of several GPUs that of this process on its node (LOCAL_RANK).
+
+    Raises:
+        ValueError: an unknown device, cuda where there is none, or more processes than GPUs.
+    """
+    return device_of_process(device, int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
 
 
 def diagnostics_file(config: DiagnosticsConfig) -> tuple[Path, ...]:

@@ -18,11 +18,14 @@ from moshi_ttt.ttt_layer import TTTWrapper
 
 logger = logging.getLogger(__name__)
 
-_OFF = 30.0  # sigmoid(30) is exactly 1 in float32
-
 
 class Gate(Float32Module, abc.ABC):
-    """How much of the TTT output enters the residual stream, per channel. float32, always."""
+    """How much of the TTT output enters the residual stream, per channel. float32, always.
+
+    `off` is the value of the parameter at which that is nothing.
+    """
+
+    off: float
 
     def __init__(self, dim: int, initial: float):
         super().__init__()
@@ -45,6 +48,8 @@ class Gate(Float32Module, abc.ABC):
 class ResidualGate(Gate):
     """x + a + tanh(alpha) m (ttt-video-dit). alpha = 0 leaves the host as it is."""
 
+    off = 0.0
+
     def __init__(self, dim: int, gate_init: float):
         super().__init__(dim, gate_init)
 
@@ -58,8 +63,10 @@ class ResidualGate(Gate):
 class ConvexGate(Gate):
     """x + s a + (1 - s) m with s = sigmoid(alpha): more memory means less attention."""
 
+    off = 30.0  # sigmoid(30) is exactly 1 in float32
+
     def __init__(self, dim: int, gate_init: float):
-        super().__init__(dim, _OFF if gate_init == 0 else math.log((1 - gate_init) / gate_init))
+        super().__init__(dim, self.off if gate_init == 0 else math.log((1 - gate_init) / gate_init))
 
     def ttt_weight(self) -> torch.Tensor:
         return 1 - torch.sigmoid(self.alpha)

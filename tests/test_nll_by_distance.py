@@ -51,7 +51,7 @@ def codes(random_codes):
 
 
 def nll_of(model, codes, chunk_frames, reset=False):
-    return nll_by_frame(model, codes[None], chunk_frames, reset)[0]
+    return nll_by_frame(model, codes[None], chunk_frames, chunk_frames if reset else None)[0]
 
 
 @torch.no_grad()
@@ -376,7 +376,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
         (both, "labels=[a]"): "one label for each",
         (both, "labels=[a,a]"): "must differ",
         (f"checkpoints=[{runs['ttt']},{runs['ttt']}]", ""): "apart with labels=",
-        (both, "reset_frames=40"): "use 48",
+        (both, "reset_frames=40"): "use 32 or 48",
         (both, "chunk_frames=40"): "use 32 or 48 frames",
         (both, f"output={tmp_path / 'old.json'}"): "old.md exists",
         (both, "output=nll.txt"): "named .json",

@@ -14,8 +14,6 @@ from planted import write_planted
 from test_paper_metrics import evaluate, results
 from training import ROOT, run_python
 
-from evaluation.paper_metrics.share import share_of_work
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -58,18 +56,6 @@ def test_processes_that_share_the_work_leave_the_same_files(data, whole, tmp_pat
     assert 0 < len(list(output.glob("nll/*/*"))) < len(list(whole.glob("nll/*/*")))
     evaluate(output, *data, "shard_index=2", "num_shards=3")
     assert contents(output) == contents(whole)
-
-
-def test_every_process_of_every_task_has_a_share_of_its_own(monkeypatch):
-    shares = []
-    for task in (4, 6):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
-        for name, value in (("COUNT", 2), ("MIN", 4), ("STEP", 2)):
-            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-        for rank in range(3):
-            shares.append(share_of_work({"RANK": str(rank), "WORLD_SIZE": "3"}, None, None))
-    assert shares == [(index, 6) for index in range(6)]
-    assert share_of_work({}, 1, 4) == (1, 4)
 
 
 def test_a_finished_run_writes_its_results_again_without_the_model(data, whole, tmp_path):

@@ -11,8 +11,9 @@ from test_distributed import free_port
 from training import CPU, ROOT, start_python, write_prompt
 
 from finetune.config import FSDPConfig
-from finetune.distributed import Process, choose_device, find_place, first_host
+from finetune.distributed import Process, find_place, first_host
 from finetune.sharding import make_mesh
+from moshi_ttt.device import device_of_process
 from moshi_ttt.tiny_model import LM_CONFIG, hub_key_names, tiny_model_folder
 
 LARGE = LM_CONFIG | {"dim": 512, "num_heads": 8, "num_layers": 8}
@@ -272,8 +273,8 @@ def test_the_first_host_of_a_node_list(nodes, host):
 
 
 def test_each_process_of_a_node_has_its_gpu():
-    assert choose_device("auto", 3, 8) == torch.device("cuda", 3)
-    assert choose_device("cuda", 3, 1) == torch.device("cuda", 0)  # it is shown its own alone
-    assert choose_device("auto", 3, 0) == choose_device("cpu", 3, 8) == torch.device("cpu")
+    assert device_of_process("auto", 3, 8) == torch.device("cuda", 3)
+    assert device_of_process("cuda", 3, 1) == torch.device("cuda", 0)  # it is shown its own alone
+    assert device_of_process("auto", 3, 0) == device_of_process("cpu", 3, 8) == torch.device("cpu")
     with pytest.raises(ValueError, match="process 4 of this node has no GPU: torch sees 4"):
-        choose_device("auto", 4, 4)
+        device_of_process("auto", 4, 4)

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from evaluation.nll_by_distance.sides import Side
 from inference.likelihood import nll_by_frame
+from inference.likelihood import reset_frames as reset_frames_of
 from moshi_ttt.checkpoint import LoadedCheckpoint, find_checkpoint, read_training_config, verify_files
 from moshi_ttt.integration import live_contexts, receptive_field, ttt_layers
-from moshi_ttt.memory_arms import inner_lr_0, mini_batch_frames
+from moshi_ttt.memory_arms import inner_lr_0
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,7 @@ def reset_every(loaded: LoadedCheckpoint, reset_frames: int | None) -> int | Non
     """
     if not ttt_layers(loaded.model):
         return None
-    size = mini_batch_frames(loaded.model)
-    if reset_frames is None:
-        return -(-max(receptive_field(loaded.model), 1) // size) * size
-    if reset_frames % size:
-        raise ValueError(
-            f"reset_frames={reset_frames} is no whole number of mini-batches of {size} frames; use "
-            f"{(reset_frames // size + 1) * size}"
-        )
-    return reset_frames
+    return reset_frames_of(loaded.model, reset_frames)
 
 
 def score_arms(
@@ -117,16 +110,12 @@ def score_arms(
     every = reset_every(loaded, reset_frames)
     scored: list[dict[str, torch.Tensor]] = [{} for _ in sides]
     for arm in arms_of(label, every is not None):
-        chunk = chunk_frames
-        if arm.memory == "reset":
-            assert every is not None
-            chunk = every
+        forgets = every if arm.memory == "reset" else None
         bar = tqdm(sides, desc=arm.name, unit="side", disable=None)
         with inner_lr_0(loaded.model) if arm.memory == "off" else nullcontext():
             for side, found in zip(bar, scored, strict=True):
-                found[arm.name] = nll_by_frame(loaded.model, side.codes[None], chunk, arm.memory == "reset")[
-                    0
-                ]
+                nll = nll_by_frame(loaded.model, side.codes[None], chunk_frames, forgets)
+                found[arm.name] = nll[0]
     return scored
 
 

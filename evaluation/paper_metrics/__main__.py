@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from configs.share import shard_of
 from configs.typed import typed_config
 from evaluation.paper_metrics.anchors import anchor_table
 from evaluation.paper_metrics.data import read_tasks
@@ -33,8 +34,8 @@ from evaluation.paper_metrics.pairs import TaskData, clip_seconds
 from evaluation.paper_metrics.results import NOTES, score_task, write_results
 from evaluation.paper_metrics.scoring import PRIMARY, TIE_TOLERANCE, WEIGHTINGS
 from evaluation.paper_metrics.settings import PaperMetricsConfig
-from evaluation.paper_metrics.share import own_device, share_of_work
 from evaluation.paper_metrics.store import Shard, claim, make_shards, read_shard, write_shard
+from inference.generate import choose_device
 from moshi_ttt.integration import context_line
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def score_shards(
     config: PaperMetricsConfig,
 ) -> None:
     """Score the clips of files that are missing, with a progress bar in clips."""
-    device = own_device(config.device, os.environ)
+    device = choose_device(config.device)
     model, mimi = found.load(device)
     logger.info("%s on %s in %s; %s", found.name, device, found.dtype, context_line(model, inference=True))
     encoder = ClipEncoder(mimi, model, config.text_filler, config.user_filler)
@@ -124,7 +125,7 @@ def run(config: PaperMetricsConfig) -> Path:
         for task in tasks
         for shard in make_shards(folder, identity, task, seconds[task.name], config.shard_clips)
     ]
-    index, count = share_of_work(os.environ, config.shard_index, config.num_shards)
+    index, count = shard_of(config.shard_index, config.num_shards)
     mine = [shard for shard in shards[index::count] if not shard.path.is_file()]
     logger.info(
         "process %d of %d: %d of its %d files of likelihoods are to be made in %s",

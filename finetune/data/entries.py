@@ -28,12 +28,13 @@ class Source:
     Args:
         path: resolved.
         where: the list and line that names it, or its folder.
-        duration_sec: as the list has it; None where it has none.
+        duration_sec, speaker: as the list has them; None where it has none.
     """
 
     path: Path
     where: str
     duration_sec: float | None
+    speaker: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,4 +99,5 @@ def _read_line(where: str, line: bytes, base: Path, inside: Path) -> Source | Ba
     duration = entry.get("duration")
     if duration is not None and not is_time(duration):
         return BadEntry(where, f"duration must be a number of seconds, got {duration!r}")
-    return Source(path, where, duration)
+    speaker = entry.get("speaker")
+    return Source(path, where, duration, None if speaker is None else str(speaker))
