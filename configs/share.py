@@ -1,5 +1,4 @@
-"""Which part of a command's work is this process's: among the processes of a launcher, in each of the tasks of
-a SLURM array or of those configured."""
+"""Which part of a command's work is this process's: among a launcher's, in each task of a SLURM array."""
 
 import os
 
