@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from long_recordings import libri_light
+from paper_data import write_storycloze, write_swuggy
+from test_paper_metrics import evaluate, results
 from training import checkpoint_names, losses, records, run
 
 from finetune.evaluations import left_as_it_was, make_evaluations, validate_evaluations
 
 TARGET = "evaluation.long_context.during_training.LongContext"
+PAPER = "evaluation.paper_metrics.during_training.PaperMetrics"
 SETTINGS = (
     "max_steps=4",
     "checkpoint.every_steps=2",
@@ -78,6 +81,38 @@ def test_a_run_with_evaluations_is_the_same_bit_for_bit(small, tmp_path):
         assert apart != 0
     assert found[0]["carried/w100"] != found[1]["carried/w100"]
     assert "long_context: " in (measured / "train.log").read_text()
+
+
+def test_paper_metrics_while_training_are_those_of_its_checkpoint(tmp_path):
+    write_swuggy(tmp_path / "data", ids=6)
+    write_storycloze(tmp_path / "data" / "tSC")
+    data = {"slm21": tmp_path / "data", "tsc": tmp_path / "data" / "tSC"}
+    folders = ",".join(f"{name}:{path}" for name, path in data.items())
+    settings = f"{PAPER},every_steps:2,tasks:[swuggy,tsc],data:{{{folders}}},limit:4,seed:1"
+    settings_4 = SETTINGS[:5]
+    plain = run(tmp_path / "plain", *settings_4)
+    measured = run(tmp_path / "measured", *settings_4, f"evaluations=[{{_target_:{settings}}}]")
+    assert files_of(plain) == files_of(measured) != {}
+    assert losses(plain) == losses(measured)
+    found = records(measured, "paper_metrics")
+    assert [record["step"] for record in found] == [2, 4]
+    output = evaluate(
+        *(
+            tmp_path / "out",
+            "baseline=null",
+            f"checkpoint={measured}",
+            "tasks=[swuggy,tsc]",
+            "limit=4",
+            "seed=1",
+        ),
+        *(f"data.{name}={path}" for name, path in data.items()),
+    )
+    expected = results(output)["results"]
+    for task in ("swuggy_dev", "tsc"):
+        assert found[1][f"{task}/acc"] == pytest.approx(expected[task]["acc,none"], abs=1e-6)
+        assert found[1][f"{task}/nll"] > 0
+    assert found[1]["partial"] == 1.0
+    assert found[0]["tsc/nll"] != found[1]["tsc/nll"]
 
 
 def test_an_evaluation_may_draw_random_numbers(build):
