@@ -1,4 +1,4 @@
-"""Sound files of the kinds that soundfile does not write: made with PyAV, as phones and browsers make them."""
+"""Sound files that soundfile does not write, made with PyAV as phones and browsers make them."""
 
 from fractions import Fraction
 from pathlib import Path
