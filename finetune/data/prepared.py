@@ -259,7 +259,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is damaged: {name} is {shown}. Remove it and join the shards again")
     if (manifest["encode"] == PER_CLIP) != (manifest.setdefault("duration_sec") is not None):
         raise ValueError(
-            f"{path} is damaged: encode is {manifest['encode']}, and duration_sec {manifest['duration_sec']}. "
+            f"{path} is damaged: encode is {manifest['encode']}, duration_sec {manifest['duration_sec']}. "
             "Remove it and join the shards again"
         )
     return manifest
