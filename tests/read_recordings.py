@@ -1,17 +1,19 @@
 """Reads data sets in a process of its own, which their files may kill or stop.
 
-`nobody LIST` reads as a user without rights. Otherwise each line of stdin is a list; the answer is a line:
-ok, or what the ValueError says.
+`nobody LIST` reads as a user without rights. Otherwise each line of stdin is a list or a prepared folder; the
+answer is a line: ok, or what the ValueError says.
 """
 
 import codecs
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from finetune.data.audio import read_samples
 from finetune.data.bad_input import BadInput
 from finetune.data.manifest import Rules, read_list, read_manifest
+from finetune.data.prepared import PreparedRecordings, PreparedSet
 
 NOBODY = 65534
 
@@ -24,11 +26,23 @@ def read_all(jsonl: Path, check_files: bool) -> None:
         assert whole.shape[0] == crop.shape[0] == 2
 
 
+def read_prepared(folder: Path) -> None:
+    prepared = PreparedSet(folder)
+    for recording in PreparedRecordings(prepared):
+        assert recording.codes(0, 10**6).shape[0] == 16
+        assert all(word.text is not None for word in recording.words or ())
+        assert recording.path.name
+    prepared.require("whole", 1.0, prepared.manifest["mimi_sha256"])
+
+
 def answer(jsonl: Path) -> str:
     said = []
-    for check_files in (True, False):
+    ways = [partial(read_all, jsonl, check_files) for check_files in (True, False)]
+    if jsonl.is_dir():
+        ways = [partial(read_prepared, jsonl), lambda: PreparedSet(jsonl).verify()]
+    for way in ways:
         try:
-            read_all(jsonl, check_files)
+            way()
             said.append("ok")
         except ValueError as error:
             said.append(f"ValueError: {error!r}")

@@ -15,9 +15,13 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from containers import write_container
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from prepared_data import run_prepare, write_recordings
 from training import ROOT, dialogue
+
+from finetune.data.places import MANIFEST, PLAN
 
 LIMIT_SEC = 30  # for a file that is read in 2 ms, on a machine with other work
 GOOD_LINE = b'{"path": "%s", "duration": 0.5}'
@@ -31,6 +35,8 @@ FORMATS = {
     "f.ogg": {"format": "OGG", "subtype": "VORBIS"},
     "g.opus": {"format": "OGG", "subtype": "OPUS"},
 }
+CONTAINERS = {"h.m4a": "aac", "i.mka": "flac"}
+NAMES = sorted({**FORMATS, **CONTAINERS})
 
 
 class Reader:
@@ -85,7 +91,9 @@ def good(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("good")
     for name, options in FORMATS.items():
         soundfile.write(folder / name, dialogue(4)[96000:108000], 24000, **options)
-    return {name: (folder / name).read_bytes() for name in FORMATS}
+    for name, codec in CONTAINERS.items():
+        write_container(folder / name, dialogue(4)[96000:108000], codec)
+    return {name: (folder / name).read_bytes() for name in NAMES}
 
 
 def spoilt(content: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
@@ -138,7 +146,7 @@ def require_read_or_refused(reader: Reader, folder: Path, *files: tuple[str, byt
 @fuzz(1100)
 @given(data=st.data())
 def test_audio(reader, good, tmp_path, data):
-    name = data.draw(st.sampled_from(sorted(FORMATS)))
+    name = data.draw(st.sampled_from(NAMES))
     audio = data.draw(spoilt(st.just(good[name])))
     line = GOOD_LINE % name.encode()
     files = ((name, audio), ("list.jsonl", line), (f"{name[0]}.json", GOOD_WORDS))
@@ -192,6 +200,48 @@ transcripts = st.one_of(
 def test_transcripts(reader, good, tmp_path, transcript):
     files = (("a.wav", good["a.wav"]), ("a.json", transcript), ("list.jsonl", GOOD_LINE % b"a.wav"))
     require_read_or_refused(reader, tmp_path / "data", *files)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny_base) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    return run_prepare(folder / "whole", f"data.train={write_recordings(folder / 'audio')}")
+
+
+PREPARED_FILES = ("shard_000001.safetensors", "index.safetensors", "sources.jsonl", MANIFEST, PLAN)
+
+
+@fuzz(400)
+@given(data=st.data())
+def test_prepared_folders(reader, prepared, tmp_path, data):
+    folder = tmp_path / "prepared"
+    shutil.copytree(prepared, folder, dirs_exist_ok=True)
+    name = data.draw(st.sampled_from(PREPARED_FILES))
+    spoilt_file = data.draw(spoilt(st.just((folder / name).read_bytes())))
+    if name in (MANIFEST, PLAN) and data.draw(st.booleans()):
+        spoilt_file = json.dumps(spoilt_json(json.loads((folder / name).read_bytes()), data)).encode()
+    (folder / name).write_bytes(spoilt_file)
+    if name == PLAN:
+        (folder / MANIFEST).unlink()  # with it the plan is not read
+    answers = reader.read(folder).strip().split(" | ")
+    shutil.rmtree(folder)
+    assert len(answers) >= 2
+    for said in answers:
+        assert said == "ok" or str(folder) in said, said
+
+
+def spoilt_json(content: dict, data: st.DataObject) -> dict:
+    """With another value at one of its keys, or without that key."""
+    name = data.draw(st.sampled_from(sorted(content)))
+    if data.draw(st.booleans()):
+        del content[name]
+    else:
+        content[name] = data.draw(json_values)
+    return content
+
+
+def test_the_prepared_folder_that_is_spoilt_here_is_good(reader, prepared):
+    assert reader.read(prepared) == "ok | ok\n"
 
 
 def test_the_files_that_are_spoilt_here_are_good(reader, good, tmp_path):

@@ -258,7 +258,11 @@ def test_damage_is_refused(whole, tmp_path):
         PreparedSet(shard.parent)
     shard = damaged("shard_000000.safetensors")
     flip(shard, shard.read_bytes().index(b"sources") + 1)
-    with pytest.raises(ValueError, match="shard_000000.safetensors is damaged or of another set"):
+    with pytest.raises(ValueError, match="shard_000000.safetensors is damaged: its sha256 is"):
+        PreparedSet(shard.parent).recording(0).codes(0, 1)
+    shard = damaged("shard_000000.safetensors")
+    flip(shard, -200)  # among the words: no code and no word of it is believed
+    with pytest.raises(ValueError, match="shard_000000.safetensors is damaged: its sha256 is"):
         PreparedSet(shard.parent).recording(0).codes(0, 1)
     index = damaged("index.safetensors")
     flip(index, -1)

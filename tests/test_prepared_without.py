@@ -43,7 +43,7 @@ def whole(recordings, tmp_path_factory, tiny_base) -> Path:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_by_default_it_is_an_error_and_no_shard_lacks_it(recordings, tmp_path, workers):
-    with pytest.raises(ValueError, match=rf"{LOST}.flac ends before the 4.800 s that its header promises"):
+    with pytest.raises(ValueError, match=rf"{LOST}.flac cannot be read .*lost sync"):
         run_prepare(tmp_path / "out", f"data.train={recordings}", f"workers={workers}")
     assert not (tmp_path / "out/shard_000001.safetensors").exists()
 

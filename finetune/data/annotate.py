@@ -19,13 +19,13 @@ from typing import Any, TextIO
 
 import hydra
 import numpy as np
-import soundfile
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 from tqdm import tqdm
 
 from configs.share import shard_of
 from configs.typed import typed_config
+from finetune.data.audio import read_header, read_whole
 from finetune.data.entries import BadEntry, Source, list_sources
 from finetune.data.voice import FRAME_SEC, VoiceConfig, frame_power, frame_samples, voiced
 from finetune.data.whisper import DEVICE_ERROR, Transcriber, WhisperConfig
@@ -205,12 +205,16 @@ def _find_tasks(
             if policy == "keep":
                 kept[state] += 1
                 continue
-            info = soundfile.info(str(entry.path))
-        except (soundfile.LibsndfileError, OSError, _BadTranscriptError) as error:
+        except (OSError, _BadTranscriptError) as error:
+            report.add("error", str(entry.path), str(error))
+            continue
+        try:
+            header = read_header(entry.path)
+        except ValueError as error:
             report.add("error", str(entry.path), str(error))
             continue
         other = {k: v for k, v in content.items() if k not in ("alignments", "annotation")}
-        tasks.append(Task(entry.path, info.duration, other))
+        tasks.append(Task(entry.path, header.promised_sec, other))
     for state, number in kept.items():
         logger.info("%d transcripts kept (%s)", number, {"same": "finished before"}.get(state, state))
     return tasks
@@ -276,7 +280,7 @@ def _transcribe_all(
                 content = {"alignments": words, **task.other_keys}
                 content["annotation"] = {"settings": settings, "made_with": transcriber.versions}
                 write_json(task.path.with_suffix(".json"), content)
-            except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 if isinstance(error, RuntimeError) and DEVICE_ERROR.search(str(error)):
                     raise
                 report.add("error", str(task.path), f"{type(error).__name__}: {error}")
@@ -297,21 +301,13 @@ def _transcribe(
     config: AnnotateConfig, task: Task, transcriber: Transcriber, report: Report
 ) -> list[list[Any]]:
     """Alignments of a recording in order of the starts; at the same time the main speaker comes first."""
-    samples, rate = soundfile.read(str(task.path), dtype="float32", always_2d=True)
-    channels = samples.shape[1]
+    samples, rate = read_whole(task.path)
+    channels = len(samples)
     if channels > 2:
         raise ValueError(f"{channels} channels; expected stereo (main speaker left, user right) or mono")
-    if len(samples) == 0:
-        raise ValueError("holds no audio")
-    if len(samples) / rate < task.duration_sec - 0.1:
-        raise ValueError(
-            f"ends after {len(samples) / rate:.2f} of the {task.duration_sec:.2f} s in its header"
-        )
-    if not np.isfinite(samples).all():
-        raise ValueError("holds NaN or infinite samples")
     words = []
     for channel, speaker in zip(range(channels), (config.main_speaker, config.user_speaker), strict=False):
-        sound = samples[:, channel]
+        sound = samples[channel]
         heard = transcriber.words(sound, rate) if np.abs(sound).max() > INAUDIBLE else []
         words += [[text, [start, end], speaker] for text, start, end in heard]
         power = frame_power(sound[None], frame_samples(rate))[:, 0]

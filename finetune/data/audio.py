@@ -1,35 +1,42 @@
 """Samples of recordings: the one place where audio files are opened.
 
-sphn reads and resamples, as in moshi-finetune's loader, so that codes are the same; what it cannot read,
-libsndfile does. Both are native code that meets files of any kind here: whatever goes wrong in a file is a
-ValueError that names it.
+Samples are those of sphn, with which moshi-finetune's loader reads and resamples: codes are the same. What
+sphn cannot read libsndfile does, and PyAV opens the containers (m4a, mka, webm) that neither reads. All are
+native code that meets files of any kind here: whatever goes wrong in a file is a ValueError that names it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import av.error
 import numpy as np
 import soundfile
 import sphn
 
+from finetune.data.containers import container_samples, read_container_header
 from finetune.data.recording import Recording, UserChannel
 
 DURATION_TOLERANCE_SEC = 0.1
 # A header that says more is broken; resampling from it would take memory without bound.
 MAX_SAMPLE_RATE = 768_000
 MAX_CHANNELS = 64
-# What sphn decodes and seeks in as it should. It cannot read Opus, and loses its place in ADPCM.
+# Who decodes a file.
+SPHN, LIBSNDFILE, PYAV = "sphn", "libsndfile", "PyAV"
+# What sphn decodes and seeks in as it should. It cannot read Opus, loses its place in ADPCM, and leaves out
+# damaged blocks of FLAC without a word: what follows is early. libsndfile gives the same samples of FLAC.
 _SPHN_FORMATS = {
     "WAV": ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"),
     "WAVEX": ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"),
-    "FLAC": ("PCM_S8", "PCM_16", "PCM_24"),
     "MP3": ("MPEG_LAYER_III",),
     "OGG": ("VORBIS",),
     "AIFF": ("PCM_S8", "PCM_16", "PCM_24", "PCM_32"),
     "CAF": ("PCM_16", "PCM_24", "PCM_32"),
 }
 _FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
+# What libsndfile says of FLAC that was streamed and has no length in its header.
+_UNKNOWN_FRAMES = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -37,16 +44,32 @@ class AudioHeader:
     """What the header of a file says.
 
     Args:
-        channels, rate, duration_sec: as the decoder that will read the file sees them.
-        subtype: libsndfile's name of the encoding; None for containers that only sphn knows.
-        by_sphn: whether sphn reads the samples, or libsndfile.
+        channels, rate, duration_sec: as the decoder that `read_samples` uses sees them.
+        promised_sec: length of what `read_blocks` gives of a sound file.
+        subtype: libsndfile's name of the encoding; None for containers.
+        decoder: of `read_samples`.
     """
 
     channels: int
     rate: int
     duration_sec: float
+    promised_sec: float
     subtype: str | None
-    by_sphn: bool
+    decoder: str
+
+
+class BrokenAudioError(ValueError):
+    """A file that can be decoded up to a second.
+
+    Args:
+        second: to a tenth.
+        reason: what the decoder says.
+    """
+
+    def __init__(self, path: Path, second: float, reason: str):
+        super().__init__(f"{path} cannot be decoded from {second:.1f} s on ({reason}); repair or remove it")
+        self.second = second
+        self.reason = reason
 
 
 class _NativeErrors:
@@ -66,7 +89,8 @@ class _NativeErrors:
     ) -> None:
         if kind is None:
             return
-        known = (ValueError, TypeError, ArithmeticError, OSError, MemoryError, soundfile.SoundFileError)
+        known = (ValueError, TypeError, ArithmeticError, OSError, MemoryError)
+        known += (soundfile.SoundFileError, av.error.FFmpegError)
         if issubclass(kind, known) or kind.__name__ == "PanicException":
             raise ValueError(
                 f"{self.message} ({error}); repair it, convert it to wav, or remove it"
@@ -79,27 +103,29 @@ def read_header(path: Path) -> AudioHeader:
     Raises:
         ValueError: it is no audio, or cannot be opened.
     """
-    subtype = None
-    duration_sec = None
+    what = "is no audio file that can be read"
     try:
-        with _NativeErrors(path, "is no audio file that can be read"):
+        with _NativeErrors(path, what):
             info = soundfile.info(str(path))
     except ValueError:
-        # Containers such as m4a are sphn's alone. What neither can open is told with sphn's reason.
-        by_sphn = True
+        # What neither opens is told with PyAV's reason.
+        with _NativeErrors(path, what):
+            found = read_container_header(path)
+        length = found.duration_sec
+        header = AudioHeader(found.channels, found.rate, length, length, None, PYAV)
     else:
         if info.frames == 0:
             raise ValueError(f"{path} holds no audio")
-        subtype = info.subtype
-        by_sphn = subtype in _SPHN_FORMATS.get(info.format, ())
-        header = AudioHeader(info.channels, info.samplerate, info.duration, subtype, False)
-        if info.format == "OGG":  # sphn counts what encoders put behind the end
-            duration_sec = info.duration
-    if by_sphn:
-        with _NativeErrors(path, "is no audio file that can be read"):
-            reader = sphn.FileReader(str(path))
-            duration_sec = duration_sec or reader.duration_sec
-            header = AudioHeader(reader.channels, reader.sample_rate, duration_sec, subtype, True)
+        if info.frames >= _UNKNOWN_FRAMES:
+            raise ValueError(f"{path} has a header that does not say how long it is; convert it to wav")
+        channels, rate, length = info.channels, info.samplerate, info.duration
+        header = AudioHeader(channels, rate, length, length, info.subtype, LIBSNDFILE)
+        if info.subtype in _SPHN_FORMATS.get(info.format, ()):
+            with _NativeErrors(path, what):
+                reader = sphn.FileReader(str(path))
+            # sphn counts what Ogg's encoders put behind the end.
+            seen = length if info.format == "OGG" else reader.duration_sec
+            header = AudioHeader(reader.channels, reader.sample_rate, seen, length, info.subtype, SPHN)
     if not 0 < header.rate <= MAX_SAMPLE_RATE or not 0 < header.channels <= MAX_CHANNELS:
         raise ValueError(
             f"{path} says that it has {header.channels} channels of {header.rate} samples/s, which cannot be "
@@ -123,8 +149,7 @@ def check_audio(path: Path, num_channels: int) -> float:
     _require_whole(path, header, start, header.duration_sec - start, samples)
     finite = bool(np.isfinite(samples).all())
     if header.subtype in _FLOAT_SUBTYPES:  # integer formats cannot hold NaN
-        with _NativeErrors(path, "cannot be read"):
-            finite = all(np.isfinite(part).all() for part in soundfile.blocks(str(path), blocksize=1 << 20))
+        finite = all(np.isfinite(block).all() for block in read_blocks(path, header, 1 << 20))
     _require_finite(path, finite)
     return header.duration_sec
 
@@ -166,6 +191,74 @@ def read_samples(
     return np.concatenate((samples, user_samples(recording.user, rate, first, samples.shape[1])[None]))
 
 
+def read_blocks(path: Path, header: AudioHeader, size: int) -> Iterator[np.ndarray]:
+    """All samples of a file at its own rate, in blocks `[C, size]` float32 of which the last is shorter.
+
+    One block is held at a time. libsndfile reads what it can open: it notices what sphn passes over.
+
+    Raises:
+        BrokenAudioError: the file cannot be decoded from somewhere on.
+    """
+    try:
+        with _NativeErrors(path, "cannot be read"):
+            yield from _blocks(path, header, size)
+    except ValueError as error:
+        reason = str(error.__cause__ or error)
+        raise BrokenAudioError(path, _readable_samples(path, header) / header.rate, reason) from error
+
+
+def read_whole(path: Path) -> tuple[np.ndarray, int]:
+    """All samples of a file, `[C, n]` float32, and its rate.
+
+    Raises:
+        ValueError: it cannot be read to its end, holds nothing, or NaN.
+    """
+    header = read_header(path)
+    blocks = list(read_blocks(path, header, 10 * header.rate))
+    samples = np.concatenate(blocks, axis=1) if blocks else np.zeros((header.channels, 0), np.float32)
+    _require_whole(path, header, 0.0, header.promised_sec, samples)
+    _require_finite(path, bool(np.isfinite(samples).all()))
+    return samples, header.rate
+
+
+def _blocks(path: Path, header: AudioHeader, size: int) -> Iterator[np.ndarray]:
+    if header.decoder == PYAV:
+        yield from _regrouped(container_samples(path), size)
+        return
+    with soundfile.SoundFile(str(path)) as file:
+        while len(block := file.read(size, dtype="float32", always_2d=True)):
+            # Several times faster to work on than every other sample.
+            yield np.ascontiguousarray(block.T)
+
+
+def _regrouped(parts: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Samples `[C, n]` in pieces of any length, in blocks of one length."""
+    waiting: list[np.ndarray] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(piece.shape[1] for piece in waiting) < size:
+            continue
+        joined = np.concatenate(waiting, axis=1)
+        whole = joined.shape[1] // size * size
+        yield from (joined[:, first : first + size] for first in range(0, whole, size))
+        waiting = [joined[:, whole:]]
+    rest = np.concatenate(waiting, axis=1) if waiting else np.zeros((1, 0), np.float32)
+    if rest.shape[1]:
+        yield rest
+
+
+def _readable_samples(path: Path, header: AudioHeader) -> int:
+    """Samples of a channel before a file's broken place, to a tenth of a second."""
+    count = 0
+    try:
+        with _NativeErrors(path, "cannot be read"):
+            for block in _blocks(path, header, max(1, header.rate // 10)):
+                count += block.shape[1]
+    except ValueError:
+        return count
+    return count
+
+
 def user_samples(user: UserChannel, rate: int, first: int, count: int) -> np.ndarray:
     """Samples `[count]` of what stands in for a user, from sample `first`: the same in whatever crop."""
     if user.noise_dbfs is None:
@@ -181,15 +274,33 @@ def user_samples(user: UserChannel, rate: int, first: int, count: int) -> np.nda
 def _decode(path: Path, header: AudioHeader, start_sec: float, duration_sec: float) -> tuple[np.ndarray, int]:
     """Samples `[C, n]` at the file's rate, and how many had been asked for."""
     with _NativeErrors(path, "cannot be read"):
-        if header.by_sphn:
+        if header.decoder == SPHN:
             reader = sphn.FileReader(str(path))
             padded, count = reader.decode_with_padding(start_sec, duration_sec)
             return padded[:, :count], padded.shape[1]
+        requested = _sample_at(duration_sec, header.rate)
+        if header.decoder == PYAV:
+            return _container_crop(path, header, start_sec, requested), requested
         with soundfile.SoundFile(str(path)) as file:
-            requested = int(duration_sec * header.rate)
-            file.seek(min(round(start_sec * header.rate), file.frames))
+            file.seek(min(_sample_at(start_sec, header.rate), file.frames))
             block = file.read(min(requested, file.frames - file.tell()), dtype="float32", always_2d=True)
             return np.ascontiguousarray(block.T), requested
+
+
+def _container_crop(path: Path, header: AudioHeader, start_sec: float, count: int) -> np.ndarray:
+    parts: list[np.ndarray] = [np.zeros((header.channels, 0), np.float32)]
+    missing = count
+    for part in container_samples(path, start_sec):
+        parts.append(part[:, :missing])
+        missing -= parts[-1].shape[1]
+        if missing == 0:
+            break
+    return np.concatenate(parts, axis=1)
+
+
+def _sample_at(second: float, rate: int) -> int:
+    """The sample at a second as sphn counts: one sample off, and codes are others."""
+    return int(second) * rate + int(second % 1 * rate)
 
 
 def _resample(samples: np.ndarray, requested: int, rate: int, new_rate: int) -> np.ndarray:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
+from finetune.data.audio import BrokenAudioError, read_blocks, read_header
 from finetune.data.voice import frame_power, frame_samples, runs
 
 # Of 20 ms: memory does not grow with the recording but by its levels, a few bytes a frame.
@@ -45,24 +45,16 @@ def measure(path: Path) -> Levels:
     """Read a file once, block by block.
 
     Raises:
-        soundfile.LibsndfileError: it cannot be opened as audio.
-        OSError: it cannot be opened at all.
+        ValueError: it cannot be opened as audio.
     """
-    with soundfile.SoundFile(str(path)) as file:
-        channels, rate = file.channels, file.samplerate
-        size = frame_samples(rate)
-        power, clipped = [np.zeros((0, channels))], [np.zeros((0, channels), bool)]
-        peak, products = np.zeros(channels), np.zeros((channels, channels))
-        read, bad_sec, error = 0, None, None
-        while True:
-            try:
-                block = file.read(size * BLOCK_FRAMES, dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError as failure:
-                error, read = str(failure), readable_samples(path)
-                break
-            if len(block) == 0:
-                break
-            sound = np.ascontiguousarray(block.T)  # several times faster than looking at every other sample
+    header = read_header(path)
+    channels, rate = header.channels, header.rate
+    size = frame_samples(rate)
+    power, clipped = [np.zeros((0, channels))], [np.zeros((0, channels), bool)]
+    peak, products = np.zeros(channels), np.zeros((channels, channels))
+    read, bad_sec, error = 0, None, None
+    try:
+        for sound in read_blocks(path, header, size * BLOCK_FRAMES):
             block_peak = np.maximum(sound.max(axis=1), -sound.min(axis=1))
             peak = np.maximum(peak, block_peak)
             with np.errstate(invalid="ignore", over="ignore"):  # NaN is looked for below
@@ -70,10 +62,11 @@ def measure(path: Path) -> Levels:
                 products += sound @ sound.T
             clipped.append(clipped_frames(sound, block_peak, size))
             if bad_sec is None and not np.isfinite(products).all():
-                bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
+                bad = np.flatnonzero(~np.isfinite(sound).all(axis=0))
                 bad_sec = None if len(bad) == 0 else (read + int(bad[0])) / rate
-            read += len(block)
-        promised = file.frames / rate
+            read += sound.shape[1]
+    except BrokenAudioError as failure:
+        error, read = failure.reason, round(failure.second * rate)
     return Levels(
         np.concatenate(power).astype(np.float32),
         np.concatenate(clipped),
@@ -81,22 +74,10 @@ def measure(path: Path) -> Levels:
         products,
         size / rate,
         read / rate,
-        promised,
+        header.promised_sec,
         bad_sec,
         error,
     )
-
-
-def readable_samples(path: Path) -> int:
-    """Samples of a channel before a file's broken place, to a tenth of a second."""
-    count = 0
-    with soundfile.SoundFile(str(path)) as file:
-        try:
-            while block := len(file.read(max(1, file.samplerate // 10), dtype="float32")):
-                count += block
-        except soundfile.LibsndfileError:
-            return count
-    return count
 
 
 def clipped_frames(sound: np.ndarray, peak: np.ndarray, size: int) -> np.ndarray:

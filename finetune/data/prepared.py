@@ -5,8 +5,7 @@ recordings to shards, `sources.jsonl` names every source with its SHA-256. All p
 can be moved, and the sources are not needed to train.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from finetune.data.places import MANIFEST, PLAN
 from finetune.data.shard import Shard, TensorFile, Words
+from finetune.data.transcript import is_time, parse_json
 from moshi_ttt.digest import sha256
 
 FORMAT = 1
@@ -43,7 +43,7 @@ class PreparedSet:
         folder: where it is.
     Raises:
         ValueError: the folder is not whole, or a file is missing or has another size or content than the
-            manifest says. The content of shards is compared by `verify` only, which reads them all.
+            manifest says. The content of a shard is compared when it is first read, of all by `verify`.
     """
 
     def __init__(self, folder: str | Path):
@@ -57,9 +57,10 @@ class PreparedSet:
         self.durations = self.index["duration_sec"]
         self._require_shards()
         # Recordings of which something could not be read when they were prepared, and why.
-        lost = self.manifest.get("lost", [])
+        lost = self.manifest.get("lost") or []
         self.lost: dict[str, str] = {str(self.folder / one["path"]): one["lost"] for one in lost}
         self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._compared: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.durations)
@@ -75,6 +76,9 @@ class PreparedSet:
 
     def _open_shard(self, number: int) -> Shard:
         path = self.folder / shard_name(number)
+        if number not in self._compared:  # once: what is read through the map afterwards is believed
+            _require_sha256(path, self.index["shard_sha256"][number].tobytes().hex())
+            self._compared.add(number)
         shard = Shard(path)
         expected = self.index["shard_header_sha256"][number].tobytes().hex()
         if shard.file.header_sha256 != expected:
@@ -205,8 +209,9 @@ class PreparedRecording:
 
 def lost_message(name: str, prepared: PreparedSet) -> str:
     """What to do about a recording that a folder lacks."""
+    reason = prepared.lost.get(name, "the manifest does not say why")
     return (
-        f"{name} could not be read when {prepared.folder} was prepared: {prepared.lost[name]}. Repair it and "
+        f"{name} could not be read when {prepared.folder} was prepared: {reason}. Repair it and "
         "prepare the recordings in another folder, or train without it with data.on_error=skip"
     )
 
@@ -231,7 +236,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if not (folder / PLAN).is_file():
             raise ValueError(f"{folder} is no prepared folder: it has no {MANIFEST}")
-        number = json.loads((folder / PLAN).read_text())["shards"]
+        number = _read_object(folder / PLAN).get("shards")
+        if not isinstance(number, int):
+            raise ValueError(f"{folder / PLAN} is damaged: it does not say how many shards there are")
         missing = missing_shards(folder, number)
         if missing:
             named = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
@@ -243,15 +250,47 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has all {number} shards but no {MANIFEST}; join them with "
             f"`python -m finetune.data.prepare mode=join output={folder}`"
         )
+    manifest = _read_object(path)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is of format {manifest.get('format')!r}; this version reads {FORMAT}")
+    for name, is_so in _MANIFEST_RULES.items():
+        if not is_so(manifest.get(name)):
+            shown = str(manifest.get(name))[:80]
+            raise ValueError(f"{path} is damaged: {name} is {shown}. Remove it and join the shards again")
+    if (manifest["encode"] == PER_CLIP) != (manifest.setdefault("duration_sec") is not None):
+        raise ValueError(
+            f"{path} is damaged: encode is {manifest['encode']}, duration_sec {manifest['duration_sec']}. "
+            "Remove it and join the shards again"
+        )
+    return manifest
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(
             f"{path} is damaged: not JSON ({error}). Remove it and join the shards again"
         ) from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is of format {manifest.get('format')!r}; this version reads {FORMAT}")
-    return manifest
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: no JSON object. Remove it and join the shards again")
+    return content
+
+
+def _holds_texts(value: Any, *names: str) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in names)
+
+
+# What a manifest must hold for the folder to be read.
+_MANIFEST_RULES: dict[str, Callable[[Any], bool]] = {
+    "encode": lambda value: value in (WHOLE, PER_CLIP),
+    "duration_sec": lambda value: value is None or is_time(value),
+    "mimi_sha256": lambda value: isinstance(value, str),
+    "files": lambda value: _holds_texts(value, INDEX, SOURCES),
+    "lost": lambda value: (
+        value is None or isinstance(value, list) and all(_holds_texts(one, "path", "lost") for one in value)
+    ),
+}
 
 
 def _require_sha256(path: Path, expected: str) -> None:

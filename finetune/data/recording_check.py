@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from finetune.data.findings import ChannelMeasures, Checked, Job
 from finetune.data.levels import Levels, measure
@@ -20,8 +19,8 @@ def check_recording(job: Job) -> Checked:
     result = Checked(str(path))
     try:
         levels = measure(path)
-    except (soundfile.LibsndfileError, OSError) as error:
-        result.add("unreadable", 0.0, f"cannot be read as audio ({error})")
+    except ValueError as error:
+        result.add("unreadable", 0.0, str(error))
         return result
     result.duration_sec = levels.duration_sec
     channels = levels.power.shape[1]
