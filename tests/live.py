@@ -16,8 +16,10 @@ from training import dialogue
 
 from inference.live.access import Access
 from inference.live.application import Server
+from inference.live.limits import LimitsConfig
 from inference.live.protocol import AUDIO, HANDSHAKE, METADATA, PCM, TEXT
 from inference.live.routes import application
+from inference.live.sessions import SessionsConfig
 from inference.serve import ServeConfig, build_server, check_config
 
 FRAME = 1920
@@ -54,7 +56,9 @@ class Live:
 
 @asynccontextmanager
 async def live(checkpoint: Path, access: Access | None = None, static: Path | None = None, **settings):
-    """A server in this event loop."""
+    """A server in this event loop. Settings are fields of ServeConfig; `limits` and `sessions` are mappings."""
+    groups = {"limits": LimitsConfig, "sessions": SessionsConfig}
+    settings |= {name: kind(**settings.get(name, {})) for name, kind in groups.items()}
     config = ServeConfig(str(checkpoint), device="cpu", **({"slots": 2} | settings))
     check_config(config)
     server = build_server(config, access or Access(None))

@@ -122,6 +122,10 @@ class Server:
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         return web.Response(body=self.metrics.text(), headers=headers)
 
+    async def may_talk(self, request: web.Request) -> web.Response:
+        """`/api/access`: for the page, what there is for those who may talk."""
+        return web.json_response({"sessions": self._sessions is not None})
+
     def _active(self) -> int:
         return self._settings.slots - len(self._free)
 

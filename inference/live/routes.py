@@ -41,7 +41,7 @@ def application(server: Server, static: Path | None = None) -> web.Application:
     app.router.add_get("/healthz", server.health)
     app.router.add_get("/metrics", server.show_metrics)
     app.router.add_get("/api/chat", server.chat)
-    app.router.add_get("/api/access", _access)
+    app.router.add_get("/api/access", server.may_talk)
     if static is None:
         open_paths |= _PAGE_FILES.keys()  # it holds no secrets, and asks for the token itself
         for path in _PAGE_FILES:
@@ -89,11 +89,6 @@ def _gate(server: Server, open_paths: set[str], ask: bool) -> Callable[..., Awai
             return web.Response(status=error.status, text=f"{error.reason}\n")
 
     return gate
-
-
-async def _access(request: web.Request) -> web.Response:
-    """`/api/access`: whether the token is right, for the page."""
-    return web.Response(text="welcome\n")
 
 
 async def _page_file(request: web.Request) -> web.StreamResponse:
