@@ -138,6 +138,12 @@ def _tls(folder: str | None) -> ssl.SSLContext | None:
     return context
 
 
+def app_runner(server: Server, static: Path | None = None) -> web.AppRunner:
+    """The server's application, ready to be set up."""
+    # No access log: addresses hold tokens and session ids.
+    return web.AppRunner(application(server, static), access_log=None, shutdown_timeout=5)
+
+
 async def serve(config: ServeConfig, server: Server) -> None:
     """Answer until a signal asks to stop, then say goodbye and save.
 
@@ -148,8 +154,7 @@ async def serve(config: ServeConfig, server: Server) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     static = None if config.static is None else Path(config.static).expanduser()
-    # No access log: addresses hold tokens and session ids.
-    runner = web.AppRunner(application(server, static), access_log=None, shutdown_timeout=5)
+    runner = app_runner(server, static)
     await server.engine.start()
     await runner.setup()
     driver = asyncio.create_task(server.engine.run())

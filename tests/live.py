@@ -1,9 +1,10 @@
 """A live server for tests, in this process, and clients for it."""
 
 import asyncio
+import base64
+import functools
 import json
-import os
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,23 +12,39 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import sphn
-from aiohttp.test_utils import TestServer
-from training import dialogue
+from aiohttp import web
+from training import dialogue, run
 
 from inference.live.access import Access
 from inference.live.application import Server
 from inference.live.limits import LimitsConfig
 from inference.live.protocol import AUDIO, HANDSHAKE, METADATA, PCM, TEXT
-from inference.live.routes import application
 from inference.live.sessions import SessionsConfig
-from inference.serve import ServeConfig, build_server, check_config
+from inference.serve import ServeConfig, app_runner, build_server, check_config
 
 FRAME = 1920
+
+
+def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """A test that runs in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run_test(*args, **kwargs):
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 120))
+
+    return run_test
+
+
+def short_run(folder: Path) -> Path:
+    """A tiny run whose attention windows and mini-batches are over soon."""
+    settings = ("ttt.mini_batch_size=5", "ttt.ttt_layer_context=7", "ttt.non_ttt_layer_context=9")
+    return run(folder / "run", *settings)
 
 
 def speech(frames: int, start: int = 0) -> np.ndarray:
     """16-bit samples `[n]` of a user."""
     clip = dialogue(4)[14400 + start * FRAME :, 1][: frames * FRAME]
+    assert clip.shape[0] == frames * FRAME
     return (clip * 32768).round().astype("<i2")
 
 
@@ -38,10 +55,17 @@ class Live:
     server: Server
     url: str
     http: aiohttp.ClientSession
-    driver: asyncio.Task[None]
 
-    def chat(self, query: str = "audio=pcm&metadata=1", **options):
-        return self.http.ws_connect(f"{self.url}/api/chat?{query}", **options)
+    def chat(self, query: str = "", **options):
+        """An open WebSocket of a client that speaks PCM and wants metadata."""
+        return self.http.ws_connect(f"{self.url}/api/chat?audio=pcm&metadata=1&{query}", **options)
+
+    async def refused(self, path: str = "/api/chat", **headers: str) -> tuple[int, str]:
+        """Status and text of the answer to a client that wants to open a WebSocket."""
+        upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+        upgrade["Sec-WebSocket-Key"] = base64.b64encode(bytes(16)).decode()
+        async with self.http.get(f"{self.url}{path}", headers=upgrade | headers) as answer:
+            return answer.status, "" if answer.status == 101 else await answer.text()
 
     async def metrics(self) -> str:
         async with self.http.get(f"{self.url}/metrics") as answer:
@@ -59,15 +83,20 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
     """A server in this event loop. Settings are fields of ServeConfig; `limits` and `sessions` are mappings."""
     groups = {"limits": LimitsConfig, "sessions": SessionsConfig}
     settings |= {name: kind(**settings.get(name, {})) for name, kind in groups.items()}
-    config = ServeConfig(str(checkpoint), device="cpu", **({"slots": 2} | settings))
+    config = ServeConfig(str(checkpoint), device="cpu", **({"slots": 2, "memory_every": 1} | settings))
     check_config(config)
     server = build_server(config, access or Access(None))
     await server.engine.start()
     driver = asyncio.create_task(server.engine.run())
-    async with TestServer(application(server, static)) as site, aiohttp.ClientSession() as http:
-        yield Live(server, str(site.make_url("")).rstrip("/"), http, driver)
-        assert not driver.done()
+    runner = app_runner(server, static)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    async with aiohttp.ClientSession() as http:
+        yield Live(server, url, http)
+        assert not driver.done()  # the model's thread is well
         await server.say_goodbye()
+    await runner.cleanup()
     driver.cancel()
     with suppress(asyncio.CancelledError):
         await driver
@@ -84,7 +113,9 @@ class Heard:
 
     @property
     def frames(self) -> int:
-        return self.pcm.shape[0] // FRAME
+        """Whole frames, with all that is said of them: metadata comes last."""
+        told = sum("memory" in content for content in self.metadata)
+        return told or self.pcm.shape[0] // FRAME
 
 
 class Client:
@@ -93,6 +124,7 @@ class Client:
     def __init__(self, ws: aiohttp.ClientWebSocketResponse, opus: bool = False):
         self.ws = ws
         self.heard = Heard()
+        self.goodbye: tuple[int, str] | None = None  # code and reason
         self.opus = opus
         self._writer = sphn.OpusStreamWriter(24000)
         self._reader = sphn.OpusStreamReader(24000)
@@ -108,6 +140,8 @@ class Client:
         """One message; false if the server has closed."""
         message = await asyncio.wait_for(self.ws.receive(), 20)
         if message.type != aiohttp.WSMsgType.BINARY:
+            if message.type == aiohttp.WSMsgType.CLOSE:
+                self.goodbye = message.data, message.extra
             return False
         kind, payload = message.data[0], message.data[1:]
         if kind == TEXT:
@@ -116,9 +150,10 @@ class Client:
             self.heard.metadata.append(json.loads(payload))
         elif kind in (PCM, AUDIO):
             assert kind == (AUDIO if self.opus else PCM)
-            samples = np.frombuffer(payload, "<i2")
             if self.opus:
                 samples = (self._reader.append_bytes(payload) * 32768).astype("<i2")
+            else:
+                samples = np.frombuffer(payload, "<i2")
             self.heard.pcm = np.concatenate((self.heard.pcm, samples))
         else:
             assert kind == HANDSHAKE
@@ -136,13 +171,8 @@ class Client:
         return self.heard
 
     async def closed(self) -> int | None:
-        """Wait for the server's goodbye: its code."""
+        """Wait for the server's goodbye: its code; None where the connection broke."""
         while await self.receive():
             pass
-        return self.ws.close_code
+        return None if self.goodbye is None else self.goodbye[0]
 
-
-def resident_kib() -> int:
-    """Memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") // 1024

@@ -219,7 +219,9 @@ class Server:
             except ConnectionResetError:
                 how, why = "vanished", "the client is gone"
             if request.transport is not None and how != "left":
-                request.transport.abort()  # what is still to be sent to it would stay in memory
+                # What is still to be sent stays in memory for as long as a client does not read it.
+                patience = self._settings.limits.leave_sec
+                asyncio.get_running_loop().call_later(patience, request.transport.abort)
         self.metrics.conversations.labels(how).inc()
         seconds, frames = time.monotonic() - started, conversation.stream.frames - heard
         logger.info(

@@ -117,8 +117,10 @@ class Conversation:
                 return Ending(WSCloseCode.OK, f"no audio for {self._limits.idle_sec:g} s", "idle")
             if received.type == WSMsgType.ERROR:
                 return _protocol_error(received.data)
-            if received.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
-                return VANISHED if ws.close_code == WSCloseCode.ABNORMAL_CLOSURE else LEFT
+            if received.type == WSMsgType.CLOSE:
+                return LEFT
+            if received.type in (WSMsgType.CLOSING, WSMsgType.CLOSED):
+                return VANISHED
             if not self._rate.allows_one():
                 return Ending(WSCloseCode.POLICY_VIOLATION, "too many messages a second", "flood")
             try:

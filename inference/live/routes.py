@@ -43,7 +43,7 @@ def application(server: Server, static: Path | None = None) -> web.Application:
     app.router.add_get("/api/chat", server.chat)
     app.router.add_get("/api/access", server.may_talk)
     if static is None:
-        open_paths |= _PAGE_FILES.keys()  # it holds no secrets, and asks for the token itself
+        open_paths.update(_PAGE_FILES)  # it holds no secrets, and asks for the token itself
         for path in _PAGE_FILES:
             app.router.add_get(path, _page_file)
         return app
