@@ -92,15 +92,17 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    async with aiohttp.ClientSession() as http:
-        yield Live(server, url, http)
-        assert not driver.done()  # the model's thread is well
+    try:
+        async with aiohttp.ClientSession() as http:
+            yield Live(server, url, http)
+            assert not driver.done()  # the model's thread is well
+    finally:
         await server.say_goodbye()
-    await runner.cleanup()
-    driver.cancel()
-    with suppress(asyncio.CancelledError):
-        await driver
-    await server.engine.close()
+        await runner.cleanup()
+        driver.cancel()
+        with suppress(asyncio.CancelledError):
+            await driver
+        await server.engine.close()
 
 
 @dataclass
@@ -175,4 +177,3 @@ class Client:
         while await self.receive():
             pass
         return None if self.goodbye is None else self.goodbye[0]
-

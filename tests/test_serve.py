@@ -108,7 +108,10 @@ async def test_seeds_are_random_and_told(checkpoint):
                 seeds.append(first.metadata[0]["seed"])
         async with server.chat(f"seed={seeds[1]}") as ws:
             again = await Client(ws).talk(speech(12))
-        assert await server.refused("/api/chat?seed=-1") == (400, "seed must be a number from 0 to 2^53 - 1\n")
+        assert await server.refused("/api/chat?seed=-1") == (
+            400,
+            "seed must be a number from 0 to 2^53 - 1\n",
+        )
     assert seeds[0] != seeds[1]
     assert np.array_equal(again.pcm, first.pcm)
 

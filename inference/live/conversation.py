@@ -60,13 +60,14 @@ class Conversation:
         self._limits = limits
         self._rate = RateLimit(limits.messages_per_sec)
         self._malformed = 0
-        self._begun = np.zeros(0, np.float32)  # less than a frame
         self._outbox: deque[Spoken] = deque()
         self._outgoing = asyncio.Event()
         mimi = engine.mimi
         self._frame_size = mimi.frame_size
         self._most_waiting = max(1, round(limits.late_sec * mimi.frame_rate))
         self._most_samples = round(limits.message_sec * mimi.sample_rate)
+        self._begun = np.zeros(0, np.float32)  # less than a frame
+        self._add(stream.take_back().numpy())  # of a conversation that goes on
 
     def say(self, spoken: Spoken) -> None:
         """Moshi has spoken: send it as soon as the client takes it."""
@@ -146,16 +147,20 @@ class Conversation:
             return False
         if kind != self._sound.kind:
             raise Malformed(f"a message of kind {kind}")
-        samples = np.concatenate((self._begun, self._sound.decode(payload, self._most_samples)))
-        whole = samples.shape[0] // self._frame_size * self._frame_size
-        self._begun = samples[whole:]
-        self.inbox.extend(samples[:whole].reshape(-1, self._frame_size))
+        self._add(self._sound.decode(payload, self._most_samples))
         while len(self.inbox) > self._most_waiting:
             self.inbox.popleft()
             self.dropped += 1
             self._engine.metrics.dropped.labels("in").inc()
         self._engine.notice()
         return True
+
+    def _add(self, samples: np.ndarray) -> None:
+        """More of the user's samples `[n]`: whole frames of them wait to be heard."""
+        samples = np.concatenate((self._begun, samples))
+        whole = samples.shape[0] // self._frame_size * self._frame_size
+        self._begun = samples[whole:]
+        self.inbox.extend(samples[:whole].reshape(-1, self._frame_size))
 
     async def _speak(self, ws: web.WebSocketResponse) -> Ending:
         try:

@@ -177,24 +177,17 @@ class Engine:
                     if caller.stream.slot in broken:
                         caller.fail(broken[caller.stream.slot])
 
-    def _ready(self) -> list[tuple[Caller, np.ndarray | None]]:
-        """Callers with a frame to hear: the next of their inbox, or one that a saved conversation had left."""
-        ready = []
-        for caller in self._callers.values():
-            if caller.stream.waiting() is not None:
-                ready.append((caller, None))
-            elif caller.inbox:
-                ready.append((caller, caller.inbox.popleft()))
-        return ready
+    def _ready(self) -> list[tuple[Caller, np.ndarray]]:
+        """Callers with a frame to hear, the next of their inbox."""
+        return [(caller, caller.inbox.popleft()) for caller in self._callers.values() if caller.inbox]
 
     def _step(
-        self, ready: Sequence[tuple[Caller, np.ndarray | None]]
+        self, ready: Sequence[tuple[Caller, np.ndarray]]
     ) -> tuple[dict[Caller, Spoken], dict[int, str]]:
         """A frame of each, and what was found broken, by slot. In the model's thread."""
         started = time.perf_counter()
         for caller, frame in ready:
-            if frame is not None:
-                caller.stream.add(torch.from_numpy(frame))
+            caller.stream.add(torch.from_numpy(frame))
         frames = hear_next([caller.stream for caller, _ in ready])
         spoken = {}
         for caller, _ in ready:
