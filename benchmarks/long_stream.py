@@ -1,8 +1,8 @@
 """One hour in one stream: `python -m benchmarks.long_stream [MINUTES]`
 
 The tiny model with default TTT settings hears the sample dialogues over and over for 45,000 frames in one
-stream. Written are the median time of a frame, by the wall clock and by the CPU, and the memory of the process,
-for every minute.
+stream. Written are the median time of a frame, by the wall clock and by the CPU, and the memory of the
+process, for every minute.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Conversations that last: `python -m benchmarks.serve_soak [MINUTES] [CONVERSATIONS]`
 
 Four conversations of 30 minutes of speech each on a live server with the tiny model, faster than real time:
-each client, two with Opus and two with plain samples, says its next frame when the answer to an earlier one has
-come. Server and clients are one process, whose memory is looked at. Written are the median step time and the
+each client, two with Opus and two with plain samples, says its next frame when the answer to an earlier one
+has come. Server and clients are one process, whose memory is looked at. Written are the median step time and the
 memory of every minute of audio, and what was dropped.
 """
 
@@ -21,7 +21,6 @@ from statistics import median
 from typing import Any
 
 import aiohttp
-import numpy as np
 import sphn
 import torch
 from aiohttp import web

@@ -52,7 +52,7 @@ class ServeConfig:
     """How tokens are drawn. Its seed is not read here."""
 
     seed: int | None = None
-    """Of the noise of every conversation that asks for no other. None draws one for each; clients are told."""
+    """Of the noise of each conversation that asks for no other. None draws one, which clients are told."""
 
     token_file: str | None = None
     """File with the token that clients must give. The environment variable MOSHI_TTT_TOKEN does as well."""

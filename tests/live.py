@@ -80,7 +80,7 @@ class Live:
 
 @asynccontextmanager
 async def live(checkpoint: Path, access: Access | None = None, static: Path | None = None, **settings):
-    """A server in this event loop. Settings are fields of ServeConfig; `limits` and `sessions` are mappings."""
+    """A server in this event loop. Settings are fields of ServeConfig; its groups are given as mappings."""
     groups = {"limits": LimitsConfig, "sessions": SessionsConfig}
     settings |= {name: kind(**settings.get(name, {})) for name, kind in groups.items()}
     config = ServeConfig(str(checkpoint), device="cpu", **({"slots": 2, "memory_every": 1} | settings))

@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -75,7 +76,7 @@ class Access:
         if self.token is None:
             return True
         expected = self.token.encode()
-        return any([hmac.compare_digest(given, expected) for given in _given_tokens(request)])
+        return any(hmac.compare_digest(given, expected) for given in _given_tokens(request))
 
     def foreign(self, request: web.Request) -> str | None:
         """Why a request seems to come from another site's page; None if it does not.
@@ -115,9 +116,7 @@ def _given_tokens(request: web.Request) -> Iterator[bytes]:
     if kind.lower() == "bearer":
         yield value.strip().encode()
     elif kind.lower() == "basic":
-        try:
+        with suppress(binascii.Error):
             yield base64.b64decode(value, validate=True).partition(b":")[2]
-        except binascii.Error:
-            pass
     if (token := request.query.get("token")) is not None:
         yield token.encode()

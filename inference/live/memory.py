@@ -18,8 +18,8 @@ def memory_of(model: LMModel, row: int) -> list[dict[str, Any]]:
     """For each TTT layer of a streaming model, and a row of its batch:
 
     `layer`, its number; `gate`, the mean size of the weight that the gate gives to TTT; `norm` and `change`,
-    of each inner layer, Frobenius norms over all heads of its weight, and of what differs from the learned one.
-    None stands for what is not finite.
+    of each inner layer, Frobenius norms over all heads of its weight, and of its difference to the learned
+    one. None stands for what is not finite.
     """
     found, numbers = [], []
     for index, layer in ttt_layers(model):
