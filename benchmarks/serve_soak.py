@@ -2,8 +2,8 @@
 
 Four conversations of 30 minutes of speech each on a live server with the tiny model, faster than real time:
 each client, two with Opus and two with plain samples, says its next frame when the answer to an earlier one
-has come. Server and clients are one process, whose memory is looked at. Written are the median step time and the
-memory of every minute of audio, and what was dropped.
+has come. Server and clients are one process, whose memory is looked at. Written are the median step time and
+the memory of every minute of audio, and what was dropped.
 """
 
 import asyncio
@@ -134,8 +134,9 @@ async def soak(count: int, conversations: int) -> dict[str, Any]:
     frames, started = count * FRAMES_PER_MINUTE, time.perf_counter()
     async with aiohttp.ClientSession() as http:
         with tqdm(total=frames * conversations, unit="frame", disable=None) as bar:
-            talks = [client(http, url, number, frames, bar) for number in range(conversations)]
-            found, *_ = await asyncio.gather(minutes(steps, count), *talks)
+            looking = asyncio.create_task(minutes(steps, count))
+            await asyncio.gather(*(client(http, url, number, frames, bar) for number in range(conversations)))
+            found = await looking
     elapsed = time.perf_counter() - started
     await server.say_goodbye()
     await runner.cleanup()

@@ -64,10 +64,11 @@ async def test_samples_are_answered_as_by_open_stream_bit_for_bit(checkpoint):
 @in_loop
 async def test_moshis_own_protocol_with_opus(checkpoint):
     user = speech(30)
-    async with live(checkpoint, slots=1, seed=3) as server:
-        async with server.http.ws_connect(f"{server.url}/api/chat?text_temperature=0.7") as ws:
-            client = Client(ws, opus=True)
-            heard = await client.talk(user)
+    async with (
+        live(checkpoint, slots=1, seed=3) as server,
+        server.http.ws_connect(f"{server.url}/api/chat?text_temperature=0.7") as ws,
+    ):
+        heard = await Client(ws, opus=True).talk(user)
     assert heard.metadata == []  # only for those who ask
     writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
     sent = [reader.append_bytes(writer.append_pcm(frame)) for frame in as_float(user).reshape(-1, FRAME)]

@@ -7,11 +7,7 @@ from chromium import CHROMIUM, browsing
 from live import live
 from training import run
 
-from inference.live.access import Access
-
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)"
-)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian package: chromium)")
 
 # Loudness of what the loudspeaker plays, over a second.
 LOUDNESS = """(async () => {

@@ -39,15 +39,17 @@ async def test_a_conversation_goes_on_as_if_it_had_never_been_left(checkpoint, t
             await first.send(user[11 * FRAME : cut])  # a part of a frame
             await ws.send_bytes(b"\x06")
         await server.until_free()
-    async with live(checkpoint, **(kept(tmp_path / "s") | {"slots": 3})) as server:
-        async with server.chat(), server.chat(f"seed=1&session={session}") as ws:
-            again = Client(ws)
-            await again.send(user[cut : 12 * FRAME])
+    async with (
+        live(checkpoint, **(kept(tmp_path / "s") | {"slots": 3})) as server,
+        server.chat(),
+        server.chat(f"seed=1&session={session}") as ws,
+    ):
+        again = Client(ws)
+        await again.send(user[cut : 12 * FRAME])
+        while not again.heard.frames:
             await again.receive()
-            while not again.heard.frames:
-                await again.receive()
-            heard = await again.talk(user[12 * FRAME :])
-            assert heard.metadata[0] | {"seed": 5, "frame": 11} == heard.metadata[0]
+        heard = await again.talk(user[12 * FRAME :])
+        assert heard.metadata[0] | {"seed": 5, "frame": 11} == heard.metadata[0]
     both = np.concatenate((first.heard.pcm, heard.pcm)).astype(int)
     assert np.abs(both - whole.pcm).max() <= 1
     assert first.heard.text + heard.text == whole.text

@@ -105,10 +105,10 @@ class Engine:
 
     async def start(self) -> None:
         """Begin to stream, and warm up: the first steps of a GPU capture graphs."""
-        self._slots = await self._call(self._stack.enter_context, self._opening)
-        await self._call(self._warm_up)
+        await self._call(self._begin)
 
-    def _warm_up(self) -> None:
+    def _begin(self) -> None:
+        self._slots = self._stack.enter_context(self._opening)
         stream = Stream(self._slots, 0, 0)
         for _ in stream.hear(torch.zeros(WARM_UP_FRAMES * self.mimi.frame_size)):
             pass
