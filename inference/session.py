@@ -64,12 +64,22 @@ def save_session(path: Path, stream: Stream, identity: dict[str, str]) -> None:
         stream: the conversation.
         identity: what it was held with, see `session_identity`.
     """
+    write_session(path, stream_tensors(stream), identity)
+
+
+def stream_tensors(stream: Stream) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of all that a stream needs to go on, taken between two frames."""
     stream.slots.rows.finish_watches()  # what they refuse is not worth a file
     tensors = {"seed": torch.tensor(stream.seed), "frames": torch.tensor(stream.frames)}
     tensors |= {"unanswered": stream.unanswered.clone()}
     for part, module in _streaming_parts(stream).items():
         state = session_tensors(module, stream.slot)
         tensors |= {f"{part}/{name}": tensor for name, tensor in state.items()}
+    return tensors
+
+
+def write_session(path: Path, tensors: dict[str, torch.Tensor], identity: dict[str, str]) -> None:
+    """Write what `stream_tensors` gave as `save_session` does."""
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -98,7 +108,11 @@ def restore_stream(path: str | Path, stream: Stream, identity: dict[str, str]) -
     Raises:
         ValueError: the file is missing, damaged, of another format, or was saved with something else.
     """
-    tensors = read_session(Path(path).expanduser(), identity)
+    continue_stream(stream, read_session(Path(path).expanduser(), identity))
+
+
+def continue_stream(stream: Stream, tensors: dict[str, torch.Tensor]) -> None:
+    """Make a new stream the one whose tensors `read_session` gave. Raises ValueError if they do not fit."""
     parts = _streaming_parts(stream)
     states = {
         part: {key.removeprefix(f"{part}/"): t for key, t in tensors.items() if key.startswith(f"{part}/")}

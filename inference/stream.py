@@ -126,6 +126,12 @@ class Stream:
         frame = self.unanswered[heard : heard + size]
         return frame if frame.shape[0] == size else None
 
+    def take_back(self) -> torch.Tensor:
+        """Samples `[n]` that were added and not heard. The stream forgets them."""
+        heard = (self.frames - self.answered) * self.slots.mimi.frame_size
+        rest, self.unanswered = self.unanswered[heard:], self.unanswered[:heard]
+        return rest
+
     def hear(self, samples: torch.Tensor) -> Iterator[Frame]:
         """Take samples of the user `[n]`, any number, and give the frames of Moshi that they complete.
 

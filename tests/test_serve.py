@@ -1,0 +1,174 @@
+"""A live server: what each client hears is what the model says to it alone."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sphn
+import torch
+from live import FRAME, Client, in_loop, live, short_run, speech
+
+from inference.live.protocol import TextPieces
+from inference.rows import Sampling
+from inference.stream import open_stream
+from moshi_ttt.checkpoint import load_checkpoint
+from moshi_ttt.integration import ttt_layers
+from moshi_ttt.loading import load_mimi, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(private_cache, tmp_path_factory):
+    return short_run(tmp_path_factory.mktemp("serve"))
+
+
+def alone(checkpoint: Path, samples: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+    """What `open_stream` answers to samples: audio `[n]`, and text."""
+    loaded = load_checkpoint(checkpoint, torch.device("cpu"))
+    mimi = load_mimi(loaded.base, "cpu")
+    pieces = TextPieces(load_tokenizer(loaded.base), (0, 3))
+    with open_stream(loaded.model, mimi, Sampling(seed=seed)) as stream:
+        frames = list(stream.hear(torch.from_numpy(samples)))
+    text = "".join(pieces.text(int(frame.tokens[0, 0, 0])) for frame in frames)
+    return torch.cat([frame.audio for frame in frames]).numpy(), text
+
+
+def as_float(pcm: np.ndarray) -> np.ndarray:
+    return pcm.astype(np.float32) / 32768
+
+
+def as_pcm(audio: np.ndarray) -> np.ndarray:
+    return (audio * 32768).round().clip(-32768, 32767).astype("<i2")
+
+
+def assert_heard(heard, expected):
+    """To rounding: with other rows beside it, a row's audio differs by 1e-5."""
+    audio, text = expected
+    assert np.abs(heard.pcm.astype(int) - as_pcm(audio)).max() <= 1
+    assert heard.text == text
+
+
+@in_loop
+async def test_samples_are_answered_as_by_open_stream_bit_for_bit(checkpoint):
+    async with live(checkpoint, slots=1) as server, server.chat("seed=7") as ws:
+        heard = await Client(ws).talk(speech(30))
+        async with server.http.get(f"{server.url}/healthz") as health:
+            assert await health.json() == {"status": "ok", "slots": 1, "active": 1}
+    audio, text = alone(checkpoint, as_float(speech(30)), 7)
+    assert np.array_equal(heard.pcm, as_pcm(audio))  # so all tokens are the same
+    assert heard.text == text
+    assert len(text) > 20
+    assert np.abs(audio).max() > 0.01
+
+
+@in_loop
+async def test_moshis_own_protocol_with_opus(checkpoint):
+    user = speech(30)
+    async with (
+        live(checkpoint, slots=1, seed=3) as server,
+        server.http.ws_connect(f"{server.url}/api/chat?text_temperature=0.7") as ws,
+    ):
+        heard = await Client(ws, opus=True).talk(user)
+    assert heard.metadata == []  # only for those who ask
+    writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
+    sent = [reader.append_bytes(writer.append_pcm(frame)) for frame in as_float(user).reshape(-1, FRAME)]
+    audio, text = alone(checkpoint, np.concatenate(sent), 3)
+    writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
+    expected = [reader.append_bytes(writer.append_pcm(frame)) for frame in audio.reshape(-1, FRAME)]
+    assert text.startswith(heard.text)  # that of the last frame comes after its sound
+    assert len(text) - len(heard.text) < 5
+    assert np.array_equal(heard.pcm, (np.concatenate(expected) * 32768).astype("<i2"))
+
+
+@in_loop
+async def test_several_at_once_are_each_what_they_are_alone(checkpoint):
+    users = {0: speech(24), 1: speech(16, 60), 2: speech(20, 40), 3: speech(12, 8)}
+
+    async def visit(server, seed, wait, most_ahead):
+        await asyncio.sleep(wait)
+        async with server.chat(f"seed={seed}") as ws:
+            return await Client(ws).talk(users[seed], most_ahead)
+
+    async with live(checkpoint, slots=3) as server:
+        heard = await asyncio.gather(
+            visit(server, 0, 0, 2), visit(server, 1, 0.1, 9), visit(server, 2, 0.2, 1)
+        )
+        heard.append(await visit(server, 3, 0, 4))  # in the place of another
+    for seed, user in users.items():
+        assert_heard(heard[seed], alone(checkpoint, as_float(user), seed))
+
+
+@in_loop
+async def test_seeds_are_random_and_told(checkpoint):
+    async with live(checkpoint) as server:
+        seeds = []
+        for _ in range(2):
+            async with server.chat() as ws:
+                client = Client(ws)
+                first = await client.talk(speech(12))
+                seeds.append(first.metadata[0]["seed"])
+        async with server.chat(f"seed={seeds[1]}") as ws:
+            again = await Client(ws).talk(speech(12))
+        assert await server.refused("/api/chat?seed=-1") == (
+            400,
+            "seed must be a number from 0 to 2^53 - 1\n",
+        )
+    assert seeds[0] != seeds[1]
+    assert np.array_equal(again.pcm, first.pcm)
+
+
+@in_loop
+async def test_the_memory_of_the_conversation_itself_is_told(checkpoint):
+    """While another conversation has moved its own inner weights far."""
+    async with live(checkpoint) as server, server.chat() as other, server.chat() as ws:
+        await Client(other).talk(speech(20))
+        told = [m for m in (await Client(ws).talk(speech(10))).metadata if "memory" in m]
+        assert [m["frame"] for m in told] == list(range(1, 11))
+        layers = ttt_layers(server.server.engine.model)
+        assert [layer["layer"] for layer in told[4]["memory"]] == [index for index, _ in layers]
+        slot = next(c.stream.slot for c in server.server._talking if c.stream.frames == 10)
+        for (_, layer), numbers in zip(layers, told[9]["memory"], strict=True):
+            ttt = layer.seq_modeling_block.ttt_layer.ttt
+            for index, learned in enumerate(ttt.inner_weights):
+                state = ttt._streaming_state.inner.weights[index].unflatten(0, (-1, ttt.num_heads))[slot]
+                assert numbers["norm"][index] == pytest.approx(state.norm().item())
+                assert numbers["change"][index] == pytest.approx((state - learned).norm().item())
+                assert numbers["change"][index] > 0.01
+            weight = layer.seq_modeling_block.gate.ttt_weight().abs().mean().item()
+            assert numbers["gate"] == pytest.approx(weight)
+
+
+@in_loop
+async def test_a_conversation_whose_state_breaks_is_ended_alone(checkpoint):
+    user = speech(20)
+    async with live(checkpoint, check_every=1) as server, server.chat("seed=1") as good:
+        well = Client(good)
+        await well.talk(user[: 8 * FRAME])
+        async with server.chat("seed=2") as ws:
+            ill = Client(ws)
+            await ill.talk(speech(4))
+            slot = next(c.stream.slot for c in server.server._talking if c.stream.frames == 4)
+            ttt = ttt_layers(server.server.engine.model)[0][1].seq_modeling_block.ttt_layer.ttt
+            heads = slice(slot * ttt.num_heads, (slot + 1) * ttt.num_heads)
+            ttt._streaming_state.inner.weights[0][heads] = torch.nan
+            await ill.send(speech(1))
+            assert await ill.closed() == 1011
+        await server.until_free(1)
+        async with server.chat("seed=2") as ws:
+            after = await Client(ws).talk(speech(6))
+        heard = await well.talk(user[8 * FRAME :])
+        assert 'moshi_ttt_errors_total{kind="inner_state"} 1.0' in await server.metrics()
+    assert_heard(heard, alone(checkpoint, as_float(user), 1))
+    assert_heard(after, alone(checkpoint, as_float(speech(6)), 2))
+
+
+def test_text_is_whole_characters(tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    pieces = TextPieces(tokenizer, (0, 3))
+    tokens = tokenizer.encode("you há€ and")
+    assert any(tokenizer.is_byte(token) for token in tokens)
+    shown = [pieces.text(token) for token in [0, *tokens, 3]]
+    assert "".join(shown) == " you há€ and"
+    euro = tokenizer.encode("€")[-3:]
+    assert [pieces.text(token) for token in euro] == ["", "", "€"]
+    assert pieces.text(euro[0]) + pieces.text(tokens[0]) == "\ufffd you"
