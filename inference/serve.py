@@ -14,7 +14,7 @@ from aiohttp import web
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from inference.command import typed_config
+from configs.typed import typed_config
 from inference.generate import choose_device
 from inference.live.access import Access, is_loopback, read_token
 from inference.live.application import Server, Settings
