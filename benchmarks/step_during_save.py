@@ -3,8 +3,8 @@
 Runs `finetune.train` with the overrides (by default the demo) for 60 steps with a checkpoint every 15, and
 reads its log: the time of steps while nothing is saved, of the step that waits for the staging copy, and of
 those that run while a thread writes; their goal is a ratio of at most 1.1. On one H100: `python -m
-benchmarks.step_during_save experiment=moshi_7b_ttt data.train=...`. The demo's checkpoints are written in less
-than a step, so on a CPU it shows nothing but that the command works.
+benchmarks.step_during_save experiment=moshi_7b_ttt data.train=...`. The demo's checkpoints are written within
+a step, so on a CPU it shows nothing but that the command works.
 """
 
 import json
