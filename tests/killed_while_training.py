@@ -8,12 +8,14 @@ turns with steps.
 
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -73,15 +75,15 @@ class Toll:
     most: int = 0
 
 
-def kill_once(config: TrainConfig, draw: random.Random, toll: Toll) -> bool:
-    """Start a run or go on with it, and kill it; False where it came to its end before."""
+def kill_once(config: TrainConfig, delay_sec: float, toll: Toll) -> bool:
+    """Start a run or go on with it, and kill it so long after a step; False where it ended before."""
     run_dir = Path(config.run_dir)
     before, told = look(run_dir), len(log_lines(run_dir))
     child = started(config)
     # A step at least, so that the run comes to its end.
     while not any("finetune.trainer: step" in line for line in log_lines(run_dir)[told:]):
         time.sleep(0.005)
-    time.sleep(draw.random() * 0.8)
+    time.sleep(delay_sec)
     os.kill(child, signal.SIGKILL)
     if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
         return False
@@ -99,10 +101,12 @@ def main(folder: Path, kills: int, runs: int = 1, seed: int = 0) -> None:
     torch.set_num_threads(1)  # a fork takes one thread along
     draw, toll = random.Random(seed), Toll()
     assert os.waitpid(started(settings(folder / "whole", 5 * kills)), 0)[1] == 0
+    # Whatever the machine's speed, a run of 5 steps a kill does not end before its last kill.
+    longest = 3 * step_sec(folder / "whole")
     for number in range(runs):
         config = settings(folder / f"killed_{number}", 5 * kills)
         left = kills
-        while left and kill_once(config, draw, toll):
+        while left and kill_once(config, draw.random() * longest, toll):
             left -= 1
         assert os.waitpid(started(config), 0)[1] == 0
         killed, whole = Path(config.run_dir), folder / "whole"
@@ -120,6 +124,13 @@ def main(folder: Path, kills: int, runs: int = 1, seed: int = 0) -> None:
 def log_lines(run_dir: Path) -> list[str]:
     path = run_dir / "train.log"
     return path.read_text().splitlines() if path.is_file() else []
+
+
+def step_sec(run_dir: Path) -> float:
+    """Mean time of a step with its save and evaluation, by the log."""
+    steps = [line for line in log_lines(run_dir) if re.search(r"finetune\.trainer: step \d+/", line)]
+    first, last = (datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f") for line in (steps[0], steps[-1]))
+    return (last - first).total_seconds() / (len(steps) - 1)
 
 
 def moment_of(run_dir: Path) -> str:
