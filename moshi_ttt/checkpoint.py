@@ -197,12 +197,14 @@ def finish_checkpoint(temporary: Path, keep: int | None = None) -> Path:
     sync([final.parent])
     if keep is not None:
         for old in saved_checkpoints(final.parents[1])[:-keep]:
-            shutil.rmtree(old)
+            # Under a temporary name first: what is half deleted must not look like a checkpoint.
+            leaving = old.rename(old.with_name(f"{_TEMPORARY}{old.name}"))
+            shutil.rmtree(leaving)
     return final
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Delete what a process that was killed while saving has left."""
+    """Delete what a process that was killed while saving, or while deleting, has left."""
     for folder in (run_dir / "checkpoints").glob(f"{_TEMPORARY}checkpoint_*"):
         shutil.rmtree(folder)
 

@@ -19,6 +19,7 @@ from moshi_ttt.checkpoint import (
     _self_digest,
     find_checkpoint,
     load_checkpoint,
+    remove_unfinished,
     save_checkpoint,
     saved_checkpoints,
     verify_files,
@@ -149,6 +150,24 @@ def test_a_run_means_its_last_step(tmp_path, saved):
         "checkpoint_000020",
         "checkpoint_1000000",
     ]
+
+
+def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path, saved, monkeypatch):
+    model, _ = saved
+    real = shutil.rmtree
+
+    def killed_while_deleting(folder, **how):
+        if how:  # what an earlier process left
+            return real(folder, **how)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moshi_ttt.checkpoint.shutil.rmtree", killed_while_deleting)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path / "run", model, settings_of("lora+ttt"), 2, keep=1)
+    assert [path.name for path in saved_checkpoints(tmp_path / "run")] == ["checkpoint_000002"]
+    remove_unfinished(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint_000002"]
 
 
 def test_the_oldest_checkpoints_but_keep_are_deleted(tmp_path, saved):

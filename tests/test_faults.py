@@ -164,25 +164,33 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+class Ballast:
+    """An evaluation that fills the disk after step 4, and makes room again after step 10."""
+
+    def __init__(self, disk: str):
+        self.disk = Path(disk)
+
+    def check(self, subject):
+        pass
+
+    def __call__(self, subject):
+        if subject.step == 4:
+            free = os.statvfs(self.disk).f_bavail * os.statvfs(self.disk).f_frsize
+            (self.disk / "ballast").write_bytes(bytes(free - (1 << 20)))
+        if subject.step == 10:
+            (self.disk / "ballast").unlink()
+        return {}
+
+
 def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(small_disk):
     run_dir = small_disk / "run"
-
-    def fill():
-        wait_for_step(run_dir, 3)
-        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-        (small_disk / "ballast").write_bytes(bytes(free - (1 << 20)))
-        wait_for_step(run_dir, 9)
-        (small_disk / "ballast").unlink()
-
-    thread = threading.Thread(target=fill)
-    thread.start()
-    run(run_dir, *MANY[2:], "max_steps=30", "checkpoint.every_steps=2", "checkpoint.keep=1")
-    thread.join()
-    assert len(losses(run_dir)) == 30
+    ballast = f"evaluations=[{{_target_:{__name__}.Ballast,every_steps:2,name:ballast,disk:{small_disk}}}]"
+    run(run_dir, *MANY[2:], "max_steps=14", "checkpoint.every_steps=2", "checkpoint.keep=1", ballast)
+    assert len(losses(run_dir)) == 14
     log = (run_dir / "train.log").read_text()
     assert "not saved: not enough free disk at" in log
     assert "training goes on" in log
-    assert [folder.name for folder in saved_checkpoints(run_dir)] == ["checkpoint_000030"]
+    assert [folder.name for folder in saved_checkpoints(run_dir)] == ["checkpoint_000014"]
 
 
 def test_a_checkpoint_cut_short_by_the_disk_leaves_the_one_before(tmp_path):

@@ -48,6 +48,7 @@ class ItemFolder:
     def __init__(self, output: Path, item_id: str):
         self.place = output / item_id
         self.unfinished = self.place.with_name(f".{self.place.name}.unfinished")
+        self.replaced = self.place.with_name(f".{self.place.name}.replaced")
 
     def finished_with(self) -> dict[str, Any] | None:
         """The settings that a finished folder was made with, or None.
@@ -69,12 +70,15 @@ class ItemFolder:
         return self.unfinished
 
     def abandon(self) -> None:
-        """Leave nothing of what was written."""
+        """Leave nothing of what was written, or of what was being replaced."""
         shutil.rmtree(self.unfinished, ignore_errors=True)
+        shutil.rmtree(self.replaced, ignore_errors=True)
 
     def end(self, meta: dict[str, Any]) -> None:
         """Write `meta.json` and put the folder in its place, replacing one that is there."""
         write_json(self.unfinished / META, meta)
         if self.place.exists():
-            shutil.rmtree(self.place)
+            # Whoever looks finds the old folder, none, or the new one: never half of one.
+            self.place.rename(self.replaced)
         self.unfinished.rename(self.place)
+        shutil.rmtree(self.replaced, ignore_errors=True)
