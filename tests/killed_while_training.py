@@ -2,8 +2,8 @@
 
 `python -m killed_while_training FOLDER KILLS [RUNS [SEED]]` kills each of RUNS (1) so often and prints a line
 for each kill. It fails at the first unreadable checkpoint, the first step lost that was done before the last
-checkpoint but one, or an end that is not that of the same run uninterrupted. Evaluations and checkpoints take
-turns with steps.
+checkpoint was begun, or an end that is not that of the same run uninterrupted. Evaluations and checkpoints
+take turns with steps.
 """
 
 import os
@@ -92,8 +92,9 @@ def kill_once(config: TrainConfig, delay_sec: float, toll: Toll) -> bool:
     toll.most = max(toll.most, done - saved)
     print(f"kill {toll.moments.total()} in {moment}: step {done} done, step {saved} saved", flush=True)
     assert saved >= before
-    # While the checkpoint of a step is being written, the one before it is the last.
-    assert done - saved < 2 * EVERY, "more is lost than the steps since the last checkpoint"
+    # While a checkpoint is being written, training goes on until the next one is due, and the one before is
+    # the last.
+    assert done - saved <= 2 * EVERY, "more is lost than the steps since the last checkpoint"
     return True
 
 
