@@ -90,19 +90,16 @@ class LongContext:
         self.reader: CodeReader | None = None
 
     def check(self, subject: Subject) -> None:
-        """Raise ValueError if no recording is longer than the receptive field, or a reset splits "
-        "mini-batches."""
+        """Raise ValueError if no recording reaches beyond attention, or a reset splits a mini-batch."""
         opened, reader = self._opened(subject), self._reader(subject)
         facts = {arm: facts_of(opened, arm, self.config.reset_frames) for arm in self._arms(subject.model)}
         longest = max(map(reader.frames, self.recordings))
         reach = max(one.receptive_field_frames for one in facts.values())
         if ttt_layers(subject.model) and longest < reach + FEWEST_FRAMES:
             raise ValueError(
-                f"the longest of the {len(self.recordings)} recordings for long_context has {longest:,} "
-                f"frames "
-                f"(of {self.config.recordings}), but attention reaches {reach:,} back; give longer ones, "
-                f"or a "
-                "larger max_sec or limit"
+                f"the longest of the {len(self.recordings)} recordings for long_context (of "
+                f"{self.config.recordings}) has {longest:,} frames, but attention reaches {reach:,} back; "
+                "give longer ones, or a larger max_sec or limit"
             )
 
     def __call__(self, subject: Subject) -> dict[str, float]:

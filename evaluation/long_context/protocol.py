@@ -28,15 +28,13 @@ def protocol(
     facts: dict[str, Any] = {
         "recordings": used,
         "streams": f"the voice is on Moshi's own stream, which alone is scored; text: {config.text} "
-        "(never what "
-        f"is said); user: {config.user}, and the second channel of {stereo} recordings that have one",
+        f"(never what is said); user: {config.user}, and the second channel of {stereo} recordings that have one",
         "score": "teacher-forced NLL in nats of each codebook and frame, float32; w100 = (100 x semantic "
-        "+ the "
-        "sum of the acoustic ones) / (99 + codebooks), as Moshi is trained, is the primary number",
+        "+ the sum of the acoustic ones) / (99 + codebooks), as Moshi is trained, is the primary number",
         "statistics": "mean of each recording, then over recordings; bootstrap over speakers, "
         f"{config.bootstrap_draws} draws, percentiles, seed {config.seed}. A recording counts in a bucket "
-        f"if it "
-        f"fills half of it, and beyond a receptive field with at least {FEWEST_FRAMES} frames there",
+        "if it fills half of it, and beyond a receptive field with at least "
+        f"{FEWEST_FRAMES} frames there",
         "controls": "none",
         "frames": f"{frame_rate:g} a second",
     }
