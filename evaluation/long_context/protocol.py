@@ -28,7 +28,8 @@ def protocol(
     facts: dict[str, Any] = {
         "recordings": used,
         "streams": f"the voice is on Moshi's own stream, which alone is scored; text: {config.text} "
-        f"(never what is said); user: {config.user}, and the second channel of {stereo} recordings that have one",
+        f"(never what is said); user: {config.user}, and the second channel of {stereo} recordings that "
+        "have one",
         "score": "teacher-forced NLL in nats of each codebook and frame, float32; w100 = (100 x semantic "
         "+ the sum of the acoustic ones) / (99 + codebooks), as Moshi is trained, is the primary number",
         "statistics": "mean of each recording, then over recordings; bootstrap over speakers, "
