@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from finetune.config import TrainConfig, to_plain
+from moshi_ttt.atomic import write_atomically
 from moshi_ttt.checkpoint import remove_unfinished
-from moshi_ttt.digest import write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def create_run_dir(config: TrainConfig) -> Path:
     """Make the folder where it is not there yet, and write config.yaml."""
     run_dir = Path(config.run_dir).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(run_dir / CONFIG, yaml.safe_dump(to_plain(config), sort_keys=False))
+    write_atomically(run_dir / CONFIG, yaml.safe_dump(to_plain(config), sort_keys=False))
     return run_dir
 
 
@@ -57,7 +57,7 @@ def go_back(run_dir: Path, step: int, damaged: Sequence[Path]) -> None:
     whole = [line for line in lines if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
-        write_text_atomically(path, "".join(kept))
+        write_atomically(path, "".join(kept))
         logger.info("%d lines of %s later than step %d are cut", len(lines) - len(kept), path, step)
 
 

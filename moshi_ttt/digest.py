@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
+
+from moshi_ttt.atomic import write_atomically
 
 _BLOCK_BYTES = 1 << 22
 
@@ -38,15 +39,5 @@ def cached_sha256(path: Path, force: bool = False) -> str:
     if not force and store.is_file():
         return json.loads(store.read_text())["sha256"]
     digest = sha256(real)
-    write_text_atomically(store, json.dumps({"file": key, "sha256": digest}))
+    write_atomically(store, json.dumps({"file": key, "sha256": digest}))
     return digest
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".tmp.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from prepared_data import run_prepare
 
-from finetune.data.shard import write_atomically
+from moshi_ttt.atomic import write_atomically
 
 
 def die_at(line: int) -> None:

@@ -26,8 +26,9 @@ from finetune.data.manifest import Word, read_manifest
 from finetune.data.order import Sampling
 from finetune.data.places import is_prepared
 from finetune.data.prepared import PreparedSet
-from finetune.data.shard import Encoded, Shard, shard_bytes, write_atomically
+from finetune.data.shard import Encoded, Shard, shard_bytes
 from finetune.train import read_clips
+from moshi_ttt.atomic import write_atomically
 from moshi_ttt.digest import sha256
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi, load_tokenizer
 from moshi_ttt.tiny_model import tiny_model_folder

@@ -9,6 +9,7 @@ from moshi.models.lm import LMModel
 from moshi.models.loaders import CheckpointInfo
 
 from evaluation.long_context.settings import LongContextConfig
+from evaluation.model_identity import baseline_identity, checkpoint_identity, digest_of
 from moshi_ttt.checkpoint import find_checkpoint, load_checkpoint, read_training_config, saved_checkpoints
 from moshi_ttt.integration import live_contexts, receptive_field, ttt_layers
 from moshi_ttt.loading import DTYPES, ModelConfig, base_fingerprint, find_base, load_moshi
@@ -100,12 +101,15 @@ def open_model(wanted: Wanted, device: torch.device) -> Opened:
         assert wanted.source is not None
         base = find_base(wanted.source)
         model = load_moshi(base, device, DTYPES[wanted.dtype]).eval()
+        fingerprint = base_fingerprint(base)
         about: dict[str, Any] = {"model": wanted.source.source}
-        identity: dict[str, Any] = {"base": base_fingerprint(base), "dtype": wanted.dtype}
+        about["sha256"] = digest_of(baseline_identity(fingerprint))
+        identity: dict[str, Any] = {"base": fingerprint, "dtype": wanted.dtype}
     else:
         loaded = load_checkpoint(wanted.checkpoint, device)
         model, base = loaded.model, loaded.base
         about = {"checkpoint": Path(loaded.folder).as_posix(), "step": loaded.manifest["step"]}
+        about["sha256"] = digest_of(checkpoint_identity(loaded.manifest))
         identity = {"base": loaded.manifest["base"]["sha256"], "files": loaded.manifest["files"]}
     about |= {
         "parameters": sum(p.numel() for p in model.parameters()),

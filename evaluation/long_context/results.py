@@ -13,7 +13,8 @@ from evaluation.long_context.page import page
 from evaluation.long_context.pictures import TITLES, draw_all
 from evaluation.long_context.scoring import VERSION
 from evaluation.long_context.settings import LongContextConfig
-from moshi_ttt.digest import write_text_atomically
+from evaluation.model_identity import run_of
+from moshi_ttt.atomic import write_atomically
 
 TASK = "long_context"
 REPORT = "report.html"
@@ -48,9 +49,9 @@ def write_results(
     pictures = draw_all(content, folder / "figures")
     numbers = folder / f"results_{date}.json"
     each = folder / f"samples_{TASK}_{date}.jsonl"
-    write_text_atomically(numbers, json.dumps(results, indent=1) + "\n")
-    write_text_atomically(each, "".join(json.dumps(sample) + "\n" for sample in samples))
-    write_text_atomically(folder / REPORT, page(title_of(content), content, pictures))
+    write_atomically(numbers, json.dumps(results, indent=1) + "\n")
+    write_atomically(each, "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_atomically(folder / REPORT, page(title_of(content), content, pictures))
     return [folder / REPORT, numbers, each, *(folder / "figures" / f"{name}.png" for name in pictures)]
 
 
@@ -83,8 +84,7 @@ def title_of(content: dict[str, Any]) -> str:
     if "checkpoint" not in about:
         return f"Long context: {about['model']}"
     folder = Path(about["checkpoint"])
-    name = folder.parents[2].name if len(folder.parents) > 2 else folder.name
-    return f"Long context: {name}, step {about['step']}"
+    return f"Long context: {(run_of(folder) or folder).name}, step {about['step']}"
 
 
 def console(content: dict[str, Any]) -> str:

@@ -1,11 +1,10 @@
 """Scoring recordings, one arm after the other; what is done is on the disk and is not done again."""
 
 import hashlib
+import io
 import json
 import logging
-import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from evaluation.long_context.models import Opened, reach_of
 from evaluation.long_context.pieces import Piece, Plan
 from evaluation.long_context.recordings import LongRecording
 from inference.likelihood import nll_by_frame, reset_frames
+from moshi_ttt.atomic import write_atomically
 from moshi_ttt.memory_arms import attention_contexts, mini_batch_frames
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def run_jobs(
         chunk = whole_chunks(chunk_frames, size, forgetting and forgetting.reset_frames)
         forgets = facts[job.arm.name].reset_frames
         found = score(opened, job.arm, job.pieces, recordings, reader, chunk, forgets, progress.add)
-        _write(job.path, found)
+        write_atomically(job.path, _npz(found))
     progress.bar.close()
     hours = progress.done / progress.frame_rate / 3600
     logger.info(
@@ -171,14 +171,10 @@ def score(
     return found
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp.", delete=False) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+def _npz(arrays: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
 
 
 def read_scores(job: Job) -> dict[str, np.ndarray]:

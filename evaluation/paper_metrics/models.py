@@ -9,6 +9,7 @@ import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
+from evaluation.model_identity import baseline_identity, checkpoint_identity, run_of
 from evaluation.paper_metrics.settings import PaperMetricsConfig
 from moshi_ttt.checkpoint import find_checkpoint, load_checkpoint, read_training_config, verify_files
 from moshi_ttt.loading import (
@@ -69,7 +70,7 @@ def find_model(config: PaperMetricsConfig) -> FoundModel:
     return FoundModel(
         name=re.sub(r"[^\w.-]+", "--", plain),
         about={"baseline": config.baseline, "revision": config.revision},
-        identity={"kind": "baseline", "base_sha256": fingerprint},
+        identity=baseline_identity(fingerprint),
         codec_sha256=fingerprint["mimi"],
         dtype=config.dtype,
         source=source,
@@ -80,20 +81,16 @@ def find_model(config: PaperMetricsConfig) -> FoundModel:
 def _find_checkpoint(config: PaperMetricsConfig, folder: Path) -> FoundModel:
     manifest = verify_files(folder)
     base = manifest["base"]
-    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    # RUN/checkpoints/checkpoint_000500/consolidated
-    parents = folder.resolve().parents
-    in_a_run = len(parents) > 2 and parents[1].name == "checkpoints"
-    run = parents[2].name if in_a_run else folder.resolve().name
+    named = run_of(folder) or folder.resolve()
     return FoundModel(
-        name=f"{run}-{manifest['step']:06d}",
+        name=f"{named.name}-{manifest['step']:06d}",
         about={
             "checkpoint": str(folder),
             "step": manifest["step"],
             "base": base["source"],
             "param_dtype": read_training_config(folder)["param_dtype"],
         },
-        identity={"kind": "checkpoint", "files_sha256": files, "base_sha256": base["sha256"]},
+        identity=checkpoint_identity(manifest),
         codec_sha256=base["sha256"]["mimi"],
         dtype=config.dtype,
         source=folder,

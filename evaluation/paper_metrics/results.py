@@ -22,7 +22,7 @@ from evaluation.paper_metrics.anchors import anchor_table
 from evaluation.paper_metrics.pairs import Pair, TaskData
 from evaluation.paper_metrics.scoring import PRIMARY, SCORINGS, clip_scores, outcome
 from evaluation.paper_metrics.slm21 import PARTS
-from finetune.data.shard import write_atomically
+from moshi_ttt.atomic import write_atomically
 
 VERSION = 1
 GROUP = "salmon"
@@ -73,11 +73,11 @@ def write_results(folder: Path, plan: dict[str, Any], tasks: Sequence[ScoredTask
     table = result_table(content)
     for task in tasks:
         rows = "".join(json.dumps(row) + "\n" for row in _samples(task, partial))
-        _write(folder / f"{prefix}samples_{task.data.name}_{date}.jsonl", rows)
+        write_atomically(folder / f"{prefix}samples_{task.data.name}_{date}.jsonl", rows)
         _write_submission(folder / ("submission_partial" if partial else "submission"), task)
-    _write(folder / f"{prefix}results_{date}.md", f"{table}\n\n{anchor_table()}\n\n{NOTES}\n")
+    write_atomically(folder / f"{prefix}results_{date}.md", f"{table}\n\n{anchor_table()}\n\n{NOTES}\n")
     # The last: where it is, all are.
-    _write(folder / f"{prefix}results_{date}.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(folder / f"{prefix}results_{date}.json", json.dumps(content, indent=1) + "\n")
     return table
 
 
@@ -182,12 +182,7 @@ def _write_submission(folder: Path, task: ScoredTask) -> None:
     if name not in PARTS:
         return
     lines = [f"{stem} {scores[PRIMARY]:.9g}\n" for stem, scores in sorted(task.clips.items())]
-    _write(folder / PARTS[name].folder / f"{split}.txt", "".join(lines))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    write_atomically(folder / PARTS[name].folder / f"{split}.txt", "".join(lines))
 
 
 def result_table(content: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from evaluation.paper_metrics.pairs import TaskData
-from finetune.data.shard import write_atomically
+from moshi_ttt.atomic import write_atomically
 
 PLAN = "plan.json"
 _ABOUT = "about"

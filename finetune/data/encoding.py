@@ -22,7 +22,8 @@ from finetune.data.codec import batches_of, encode_whole
 from finetune.data.manifest import Recording, Word
 from finetune.data.plan import Plan, words_digest
 from finetune.data.prepared import WHOLE
-from finetune.data.shard import Encoded, shard_bytes, write_atomically
+from finetune.data.shard import Encoded, shard_bytes
+from moshi_ttt.atomic import write_atomically
 from moshi_ttt.digest import sha256
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi
 

@@ -17,7 +17,8 @@ from finetune.data.prepared import (
     missing_shards,
     shard_name,
 )
-from finetune.data.shard import Shard, write_atomically
+from finetune.data.shard import Shard
+from moshi_ttt.atomic import write_atomically
 from moshi_ttt.digest import sha256
 
 

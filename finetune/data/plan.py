@@ -16,7 +16,7 @@ from finetune.data.codec import BLOCK_FRAMES
 from finetune.data.manifest import Recording
 from finetune.data.places import PLAN
 from finetune.data.prepared import FORMAT, PER_CLIP, WHOLE
-from finetune.data.shard import write_atomically
+from moshi_ttt.atomic import write_atomically
 
 MAX_SHARD_HOURS = 1000.0
 

@@ -69,21 +69,6 @@ def _starts(sizes: Sequence[int]) -> np.ndarray:
     return np.array(list(accumulate(sizes, initial=0)), np.int64)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or not there, also after a kill or a power cut."""
-    temporary = path.with_name(f".tmp.{path.name}.{os.uname().nodename}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 class TensorFile:
     """The arrays of a safetensors file, mapped into memory.
 
