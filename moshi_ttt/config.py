@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from moshi_ttt.kernels.choice import KERNELS
+
 SSM_LAYERS = ("ttt_linear", "ttt_mlp")
 GATES = ("residual", "convex")
 INNER_INITS = ("scaled", "published")
@@ -85,6 +87,10 @@ class TTTConfig:
     duration_sec and carries its inner weights, attention keys and values and positions from one to the next.
     Gradients stop at the edges of chunks. False starts every clip from the learned weights."""
 
+    kernel: str = "auto"
+    """What computes the inner loop of training and of whole mini-batches: "eager" (torch operations), "triton"
+    (fused kernels for a GPU, ttt_mlp of two layers), or "auto": the kernels where they can run."""
+
     scan_checkpoint_group_size: int = 16
     """Mini-batches whose inner activations are recomputed together in the backward pass: memory falls,
     the inner loop's forward runs twice. 0 keeps all activations."""
@@ -99,6 +105,7 @@ class TTTConfig:
         _one_of("ttt.ssm_layer", self.ssm_layer, SSM_LAYERS)
         _one_of("ttt.gate", self.gate, GATES)
         _one_of("ttt.inner_init", self.inner_init, INNER_INITS)
+        _one_of("ttt.kernel", self.kernel, KERNELS)
         _at_least("ttt.mini_batch_size", self.mini_batch_size, 1)
         _at_least("ttt.base_lr", self.base_lr, 0)
         _at_least("ttt.scan_checkpoint_group_size", self.scan_checkpoint_group_size, 0)

@@ -279,7 +279,7 @@ class DualForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, group_tokens: int, radii: tuple[float, ...] | None, *tensors: torch.Tensor) -> Any:
-        tokens, state, rules = _unpack(tensors, radii)
+        tokens, state, rules = unpacked(tensors, radii)
         groups = tokens.split(group_tokens)
         outs, starts = [], []
         traces: list[Trace] = []
@@ -294,7 +294,7 @@ class DualForm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor, *d_state: torch.Tensor) -> Any:
-        tokens, state, rules = _unpack(ctx.saved_tensors, ctx.radii)
+        tokens, state, rules = unpacked(ctx.saved_tensors, ctx.radii)
         depth, size = len(state.weights), rules.scale.shape[0]
         d = Gradients(
             [g.clone() for g in d_state[:depth]],
@@ -319,7 +319,7 @@ class DualForm(torch.autograd.Function):
         return None, None, *d_tokens, d.norm_weight, d.norm_bias, d.scale, *d.weights, *d.biases, *d_center
 
 
-def _unpack(
+def unpacked(
     tensors: tuple[torch.Tensor, ...], radii: tuple[float, ...] | None
 ) -> tuple[Tokens, InnerWeights, Rules]:
     """Tokens, first weights and rules of the tensors of `DualForm`."""
@@ -337,10 +337,21 @@ def dual_form(
     """Outputs `[N, T, D]` and last weights of a sequence; see `moshi_ttt.inner_loop.inner_loop`."""
     if not torch.is_grad_enabled():
         return _scan(tokens, state, rules, None)
+    return differentiable(DualForm, tokens, state, rules, checkpoint_group_size)
+
+
+def differentiable(
+    function: type[torch.autograd.Function],
+    tokens: Tokens,
+    state: InnerWeights,
+    rules: Rules,
+    checkpoint_group_size: int,
+) -> tuple[torch.Tensor, InnerWeights]:
+    """The scan by `function`, which takes its tensors in the order of `DualForm`."""
     group_tokens = checkpoint_group_size * rules.scale.shape[0] or tokens.q.shape[1]
     bound = rules.bound
     center = () if bound is None else (*bound.center.weights, *bound.center.biases)
-    out, *end = DualForm.apply(
+    out, *end = function.apply(
         group_tokens,
         None if bound is None else bound.radii,
         *tokens.tensors(),

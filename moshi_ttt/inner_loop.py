@@ -29,6 +29,7 @@ import torch
 from moshi_ttt.dual_form import Rules, Tokens, dual_form
 from moshi_ttt.inner_network import InnerNorm, answer, fold, key_pass
 from moshi_ttt.inner_weights import InnerBound, InnerWeights, pulled_back
+from moshi_ttt.kernels.choice import chosen
 
 
 @dataclass
@@ -88,6 +89,7 @@ def inner_loop(
     step_scale: torch.Tensor,
     checkpoint_group_size: int = 0,
     bound: InnerBound | None = None,
+    kernel: str = "auto",
 ) -> tuple[torch.Tensor, InnerWeights]:
     """Run the inner learner over a sequence that starts at a mini-batch edge (dual form).
 
@@ -99,12 +101,18 @@ def inner_loop(
         step_scale: see `step_scale`, `[K, K]`; its size is the mini-batch size.
         checkpoint_group_size: mini-batches recomputed together in backward; 0 keeps all activations.
         bound: the weights are drawn back into it after each mini-batch; None lets them go anywhere.
+        kernel: which implementation runs, see `moshi_ttt.kernels.choice`.
     Returns:
         Outputs `[N, T, D]` and the weights W(T - 1). T need not be a multiple of K, but only a
         sequence cut at a mini-batch edge can be continued from the returned weights.
     """
     tokens, rules = Tokens(q, k, target, lr), Rules(norm, step_scale, bound)
-    return dual_form(tokens, state, rules, checkpoint_group_size)
+    widths = [q.shape[2], *(weight.shape[2] for weight in state.weights)]
+    if chosen(kernel, q, widths, step_scale.shape[0]) == "eager":
+        return dual_form(tokens, state, rules, checkpoint_group_size)
+    from moshi_ttt.kernels.triton_form import triton_form  # here, because Triton takes long to import
+
+    return triton_form(tokens, state, rules, checkpoint_group_size)
 
 
 def inner_step(

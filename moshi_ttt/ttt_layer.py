@@ -78,6 +78,7 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         self.normalize_target = config.normalize_target
         self.max_inner_change = config.max_inner_change
         self.checkpoint_group_size = config.scan_checkpoint_group_size
+        self.kernel = config.kernel
         self.inner_dims = self._inner_dims(head_dim, config)
         width = num_heads * head_dim
         self.wq = Projection(dim, width)
@@ -271,7 +272,9 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         scale, bound = self.step_scale(), self.bound(self.initial_weights(1))
         if self.observer is not None:
             self.observer(InnerTokens(k, target, lr, start, norm, scale, bound))
-        out, end = inner_loop(q, k, target, lr, start, norm, scale, self.checkpoint_group_size, bound)
+        out, end = inner_loop(
+            q, k, target, lr, start, norm, scale, self.checkpoint_group_size, bound, self.kernel
+        )
         return self._output(out, x.dtype), end
 
     @torch.no_grad()

@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined: Triton then interprets it on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from moshi.models.lm import LMModel
 from moshi.models.loaders import CheckpointInfo
 from moshi.modules.transformer import RingKVCache
