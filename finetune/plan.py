@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from finetune.config import TrainConfig, to_typed
-from finetune.loss import LossWeights, loss_sums, weighted_chunk_targets, weighted_targets
+from finetune.loss import LossModel, LossWeights, weighted_step_targets
 from finetune.run_dir import start_logging
 from finetune.sharding import gathered_bytes, shard_count
-from moshi_ttt.carried import CarriedState, forward_chunk, fresh_state
+from moshi_ttt.carried import CarriedState, fresh_state
 from moshi_ttt.integration import apply_ttt_to_model, set_activation_checkpointing
 from moshi_ttt.loading import find_lm_config, refuse_other_models
 from moshi_ttt.lora import apply_lora_to_model
@@ -156,22 +156,16 @@ def build_on_meta(config: TrainConfig) -> LMModel:
 
 
 def run_pass(
-    model: LMModel, codes: torch.Tensor, weights: LossWeights, carried: CarriedState | None
+    root: LossModel, codes: torch.Tensor, weights: LossWeights, carried: CarriedState | None
 ) -> CarriedState | None:
     """Forward and backward of one micro-batch, and the state that it leaves."""
-    after = None
-    if carried is None:
-        losses = loss_sums(model(codes), weighted_targets(model, codes, weights))
-    else:
-        targets = weighted_chunk_targets(model, codes, carried, weights)
-        output, after = forward_chunk(model, codes, carried)
-        losses = loss_sums(output, targets)
+    losses, after = root(codes, weighted_step_targets(root.lm, codes, carried, weights), carried)
     losses.sum().backward()
     return after
 
 
 def measure_step(
-    model: LMModel,
+    root: LossModel,
     codes: torch.Tensor,
     weights: LossWeights,
     num_microbatches: int = 1,
@@ -183,14 +177,14 @@ def measure_step(
     is not counted, the one that a pass makes in its place is.
     """
     memory = LiveBytes()
-    memory.ignore((*model.parameters(), *model.buffers(), codes))
+    memory.ignore((*root.parameters(), *root.buffers(), codes))
     memory.ignore([] if carried is None else carried.tensors())
     with memory:
         for _ in range(min(num_microbatches, 2)):
-            run_pass(model, codes, weights, carried)
+            run_pass(root, codes, weights, carried)
     # A pass of its own: torch's counter keeps what activation checkpointing recomputes alive.
     with FlopCounterMode(display=False) as flops:
-        run_pass(model, codes, weights, carried)
+        run_pass(root, codes, weights, carried)
     return memory.peak, flops.get_total_flops()
 
 
@@ -206,7 +200,9 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     state = fresh_state(model, config.batch_size) if config.ttt.persistent_states else None
     peak = flops = 0
     if trainable:
-        peak, flops = measure_step(model, codes, weights, config.num_microbatches, state)
+        root = LossModel(model)
+        root.split = shards > 1
+        peak, flops = measure_step(root, codes, weights, config.num_microbatches, state)
     # While masters are updated, their float32 gradients lie beside the parameters'.
     update_peak = sum(
         p.numel() * (p.element_size() + (0 if p.dtype == torch.float32 else 4)) for p in trainable

@@ -22,13 +22,7 @@ from finetune.data.clips import Batch, Clip, ClipEncoder, Encoder
 from finetune.data.prepared import WHOLE
 from finetune.distributed import Process, gather, sum_gradients, sum_over_processes, wait_for_all
 from finetune.evaluations import Scheduled, Subject, run_evaluations
-from finetune.loss import (
-    LossModel,
-    LossWeights,
-    WeightedTargets,
-    weighted_chunk_targets,
-    weighted_targets,
-)
+from finetune.loss import LossModel, LossWeights, WeightedTargets, weighted_step_targets
 from finetune.optimizer import Optimizer
 from finetune.persistence import CarriedRows
 from finetune.pieces import Piece, PieceReader, piece_of
@@ -218,7 +212,10 @@ class Trainer:
         Each loss is a weighted mean over all targets of the step, wherever they are computed.
         """
         starts = [self._start_of(slot, batch) for slot, batch in enumerate(batches)]
-        targets = [self._targets(batch, start) for batch, start in zip(batches, starts, strict=True)]
+        targets = [
+            weighted_step_targets(self.parts.model, batch.codes, start, self.weights)
+            for batch, start in zip(batches, starts, strict=True)
+        ]
         totals = torch.stack([t.totals() for t in targets]).sum(0)
         totals = sum_over_processes(totals, self.process).clamp(min=1e-9)
         losses = torch.zeros(2, device=self.process.device)
@@ -233,11 +230,6 @@ class Trainer:
     def _start_of(self, slot: int, batch: Batch) -> CarriedState | None:
         """What the rows of a micro-batch carry; None where every clip stands alone."""
         return None if self.carried is None else self.carried.before(slot, batch.clips)
-
-    def _targets(self, batch: Batch, start: CarriedState | None) -> WeightedTargets:
-        if start is None:
-            return weighted_targets(self.parts.model, batch.codes, self.weights)
-        return weighted_chunk_targets(self.parts.model, batch.codes, start, self.weights)
 
     def _backward_one(
         self,

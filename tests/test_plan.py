@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import TINY, compose_config, own_logging, tiny_config, trained_parts
 
 from finetune.config import to_typed
-from finetune.loss import LossWeights
+from finetune.loss import LossModel, LossWeights
 from finetune.optimizer import Optimizer
 from finetune.plan import (
     GIB,
@@ -88,14 +88,14 @@ def test_the_peak_on_meta_is_the_peak_of_real_tensors(checkpointing, overrides, 
     settings = (*overrides, "ttt.max_inner_change=null", f"gradient_checkpointing={checkpointing}")
     meta = build_on_meta(tiny_config(tmp_path / "run", *settings))
     codes = torch.randint(0, 256, (2, 17, 16))
-    planned, planned_flops = measure_step(meta, codes.to("meta"), WEIGHTS)
+    planned, planned_flops = measure_step(LossModel(meta), codes.to("meta"), WEIGHTS)
     real = meta.to_empty(device="cpu")
     for tensor in (*real.parameters(), *real.buffers()):
         if tensor.is_floating_point():
             torch.nn.init.normal_(tensor, std=0.02)
     # Meta tensors take the plain attention, where a CPU would take the fused one.
     with sdpa_kernel(SDPBackend.MATH):
-        peak, flops = measure_step(real, codes, WEIGHTS)
+        peak, flops = measure_step(LossModel(real), codes, WEIGHTS)
     assert peak == planned
     assert flops == planned_flops
 
@@ -267,7 +267,7 @@ def test_measuring_leaves_the_gradients_of_a_step(build, random_codes):
     model = build()
     set_trainable(model, "ttt")
     set_activation_checkpointing(model, False)
-    peak, flops = measure_step(model.train(), random_codes(1, 8), WEIGHTS)
+    peak, flops = measure_step(LossModel(model.train()), random_codes(1, 8), WEIGHTS)
     assert peak > 0
     assert flops > 0
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
