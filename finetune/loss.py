@@ -1,17 +1,15 @@
 """Moshi's training loss: cross-entropy of text and audio tokens with moshi-finetune's weights."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from moshi.models.lm import LMModel, LMOutput
-from moshi.utils.compile import no_compile
 from torch import nn
 
 from finetune.scoring import audio_loss, loss_of_logits, text_loss, weighted_nll_sum
 from moshi_ttt.carried import CarriedState, chunk_steps, hidden_of_chunk
 from moshi_ttt.delays import clip_steps, scored_in_clip
-from moshi_ttt.temporal import temporal_clips
+from moshi_ttt.temporal import Running, temporal_clips
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,15 @@ class LossModel(nn.Module):
 
     Args:
         lm: the model.
+        running: how its layers are run.
     Attributes:
         split: whether the model's parameters are split over processes.
     """
 
-    def __init__(self, lm: LMModel):
+    def __init__(self, lm: LMModel, running: Running | None = None):
         super().__init__()
         self.lm = lm
+        self.running = running or Running()
         self.split = False
 
     def forward(
@@ -127,11 +127,11 @@ class LossModel(nn.Module):
         after = None
         if carried is None:
             steps = clip_steps(self.lm, codes)
-            hidden = temporal_clips(self.lm, steps.inputs)
+            hidden = temporal_clips(self.lm, steps.inputs, self.running)
         else:
-            hidden, steps, after = hidden_of_chunk(self.lm, codes, carried)
+            hidden, steps, after = hidden_of_chunk(self.lm, codes, carried, self.running)
         heads = self._split_heads if self.split else self._heads
-        with no_compile() if codes.device.type != "cuda" else nullcontext():
+        with self.running.compiling(codes.device):
             return torch.stack(heads(hidden, steps.targets, targets)), after
 
     def _heads(

@@ -1,8 +1,9 @@
 """Causal attention within a window of the past, for training: no T x T mask, no T x T scores.
 
-Two kernels give the same values. `blocks` goes through the queries block by block, each with the keys that
+The kernels give the same values. `blocks` goes through the queries block by block, each with the keys that
 it can see, on any device and in any dtype. `flash` is the FlashAttention that torch brings, which needs a GPU
-and 16-bit numbers. Streaming has its own attention, Moshi's, which this file does not touch.
+and 16-bit numbers. `mask` is the slow and obvious one, with a T x T mask as Moshi has it: what the others are
+measured against. Streaming has its own attention, Moshi's, which this file does not touch.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
+
+KERNELS = ("blocks", "flash", "mask")
 
 # Small windows are taken together to blocks of this many queries.
 _LEAST_BLOCK = 64
@@ -19,14 +22,14 @@ _forced: str | None = None
 
 @contextmanager
 def forced_kernel(name: str) -> Iterator[None]:
-    """Compute attention with this kernel, `blocks` or `flash`, whatever the tensors are.
+    """Compute attention with this kernel, one of KERNELS, whatever the tensors are.
 
     Raises:
         ValueError: another name.
     """
     global _forced
-    if name not in ("blocks", "flash"):
-        raise ValueError(f"there is no attention kernel {name!r}; use blocks or flash")
+    if name not in KERNELS:
+        raise ValueError(f"there is no attention kernel {name!r}; use one of {', '.join(KERNELS)}")
     before, _forced = _forced, name
     try:
         yield
@@ -38,7 +41,8 @@ def kernel_for(q: torch.Tensor) -> str:
     """The kernel that attends from queries like these: the one place where it is chosen."""
     if _forced is not None:
         return _forced
-    on_gpu = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    # Tensors on meta stand for those on a GPU.
+    on_gpu = q.device.type in ("cuda", "meta") and q.dtype in (torch.bfloat16, torch.float16)
     return "flash" if on_gpu else "blocks"
 
 
@@ -63,8 +67,10 @@ def windowed_attention(
     """
     assert keys.shape[1] >= q.shape[1]
     assert position is not None or keys.shape[1] == q.shape[1], "carried frames need a position"
-    if kernel_for(q) == "blocks":
-        return _blocks(q, keys, values, context, position)
+    kernel = kernel_for(q)
+    if kernel != "flash":
+        attend = _blocks if kernel == "blocks" else _masked
+        return attend(q, keys, values, context, position)
     if position is None:
         return _flash(q, keys, values, context)
     return _flash_carried(q, keys, values, context, position)
@@ -98,9 +104,26 @@ def _blocks(
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def _flash(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: int | None
+def _masked(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    context: int | None,
+    position: torch.Tensor | None,
 ) -> torch.Tensor:
+    length, before = q.shape[1], keys.shape[1] - q.shape[1]
+    key = torch.arange(keys.shape[1], device=q.device) - before
+    delta = torch.arange(length, device=q.device)[:, None] - key
+    visible = (delta >= 0)[None, None]
+    if context is not None:
+        visible = visible & (delta < context)
+    if position is not None:
+        visible = visible & (position[:, None] + key >= 0)[:, None, None]
+    q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+    return F.scaled_dot_product_attention(q, keys, values, visible).transpose(1, 2)
+
+
+def _flash(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: int | None) -> torch.Tensor:
     return torch.ops.aten._flash_attention_forward(
         q, keys, values, None, None, q.shape[1], keys.shape[1], 0.0, True, False, **_window(context)
     )[0]

@@ -17,7 +17,7 @@ from moshi.modules.transformer import StreamingMultiheadAttention
 from moshi_ttt.delays import Steps, frames_before, shift_codes
 from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.integration import temporal_attentions, ttt_layers
-from moshi_ttt.temporal import CarriedLayer, temporal_chunk
+from moshi_ttt.temporal import CarriedLayer, Running, temporal_chunk
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def forward_chunk(
 
 
 def hidden_of_chunk(
-    model: LMModel, codes: torch.Tensor, carried: CarriedState | None = None
+    model: LMModel, codes: torch.Tensor, carried: CarriedState | None = None, running: Running | None = None
 ) -> tuple[torch.Tensor, Steps, CarriedState]:
     """The part of `forward_chunk` below the heads: the temporal transformer's output `[B, T, C]`, the steps
     that it is of, and the state for the next chunk."""
@@ -161,7 +161,7 @@ def hidden_of_chunk(
     if carried is None:
         carried = fresh_state(model, codes.shape[0])
     steps = chunk_steps(model, codes, carried)
-    out, layers = temporal_chunk(model, steps.inputs, carried.layers, carried.position)
+    out, layers = temporal_chunk(model, steps.inputs, carried.layers, carried.position, running or Running())
     return out, steps, CarriedState(layers, steps.earlier, carried.position + codes.shape[-1])
 
 

@@ -68,7 +68,9 @@ def _layer(layer: StreamingTransformerLayer, x: torch.Tensor) -> torch.Tensor:
             [module.get_submodule(name) for module in layer.gating] for name in ("linear_in", "linear_out")
         )
         activation = layer.gating[0].activation
-        update = linear_per_step(linear_out, schedule, gate(linear_per_step(linear_in, schedule, normed), activation))
+        update = linear_per_step(
+            linear_out, schedule, gate(linear_per_step(linear_in, schedule, normed), activation)
+        )
     else:
         assert isinstance(layer.gating, ActivationGating), "Moshi's depformer is gated"
         update = gated(layer.gating, normed)

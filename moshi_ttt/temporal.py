@@ -4,7 +4,7 @@ The modules are Moshi's and ours; only how they are run is written here. What ru
 forward pass.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,14 +35,38 @@ class CarriedLayer:
     inner: InnerWeights | None
 
 
-def temporal_clips(model: LMModel, inputs: torch.Tensor) -> torch.Tensor:
-    """The temporal transformer's output `[B, T, C]` for whole clips; inputs are delayed codes `[B, 17, T]`."""
-    out, _ = _temporal(model, inputs, [None] * len(model.transformer.layers), None)
+@dataclass(frozen=True)
+class Running:
+    """How layers are run. The values are the same up to rounding.
+
+    Args:
+        recomputed: where activation checkpointing is on, how many layers from the first one on recompute
+            their activations; None: all. The others keep them: those of the last layers are the first to go
+            in the backward pass, before anything is recomputed beside them.
+        compiled: whether norms, rotations and gates are compiled; None: on a GPU.
+    """
+
+    recomputed: int | None = None
+    compiled: bool | None = None
+
+    def compiling(self, device: torch.device) -> AbstractContextManager[None]:
+        """Context in which Moshi's and our functions are compiled, or not."""
+        compiled = device.type == "cuda" if self.compiled is None else self.compiled
+        return nullcontext() if compiled else no_compile()
+
+
+def temporal_clips(model: LMModel, inputs: torch.Tensor, running: Running) -> torch.Tensor:
+    """The temporal transformer's output `[B, T, C]` for whole clips of delayed codes `[B, 17, T]`."""
+    out, _ = _temporal(model, inputs, [None] * len(model.transformer.layers), None, running)
     return out
 
 
 def temporal_chunk(
-    model: LMModel, inputs: torch.Tensor, carried: tuple[CarriedLayer, ...], position: torch.Tensor
+    model: LMModel,
+    inputs: torch.Tensor,
+    carried: tuple[CarriedLayer, ...],
+    position: torch.Tensor,
+    running: Running,
 ) -> tuple[torch.Tensor, tuple[CarriedLayer, ...]]:
     """The temporal transformer's output `[B, T, C]` for the next chunk, and what its layers carry on.
 
@@ -51,7 +75,7 @@ def temporal_chunk(
         carried: what each layer carries.
         position: frames of each row's recording before the chunk, `[B]`.
     """
-    out, after = _temporal(model, inputs, list(carried), position)
+    out, after = _temporal(model, inputs, list(carried), position, running)
     assert all(layer is not None for layer in after)
     return out, tuple(after)  # type: ignore[arg-type]
 
@@ -61,19 +85,23 @@ def _temporal(
     inputs: torch.Tensor,
     carried: list[CarriedLayer | None],
     position: torch.Tensor | None,
+    running: Running,
 ) -> tuple[torch.Tensor, list[CarriedLayer | None]]:
     x = _embed(model, inputs)
     dtype = x.dtype
+    recomputed = 0
+    if model.transformer.checkpointing and torch.is_grad_enabled():
+        recomputed = len(carried) if running.recomputed is None else running.recomputed
     after = []
-    with no_compile() if x.device.type != "cuda" else nullcontext():
-        for layer, before in zip(model.transformer.layers, carried, strict=True):
-            arguments = (layer, x, before, position)
-            if model.transformer.checkpointing and torch.is_grad_enabled():
-                result = checkpoint(_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                result = _layer(*arguments)
-            x, left = result  # type: ignore[misc]
-            after.append(left)
+    for index, (layer, before) in enumerate(zip(model.transformer.layers, carried, strict=True)):
+        arguments = (layer, x, before, position, running)
+        if index < recomputed:
+            result = checkpoint(_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            result = _layer(*arguments)
+        x, left = result  # type: ignore[misc]
+        after.append(left)
+    with running.compiling(x.device):
         return model.out_norm(x.to(dtype)), after
 
 
@@ -86,7 +114,11 @@ def _embed(model: LMModel, sequence: torch.Tensor) -> torch.Tensor:
 
 
 def _layer(
-    layer: nn.Module, x: torch.Tensor, carried: CarriedLayer | None, position: torch.Tensor | None
+    layer: nn.Module,
+    x: torch.Tensor,
+    carried: CarriedLayer | None,
+    position: torch.Tensor | None,
+    running: Running,
 ) -> tuple[torch.Tensor, CarriedLayer | None]:
     """A temporal layer's forward `[B, T, C]` with its state as input and output; the same at every call."""
     hybrid = isinstance(layer, HybridStreamingTransformerLayer)
@@ -94,20 +126,21 @@ def _layer(
     assert isinstance(original, StreamingTransformerLayer)
     assert original.cross_attention is None
     assert not original.skip_self_attn
-    update, keys, values = _attend(original.self_attn, original.norm1(x), carried, position)
-    update = original.layer_scale_1(update)
     inner = None
-    if not hybrid:
-        x = x.to(update) + update
-    elif carried is None:
-        x = layer.seq_modeling_block(x.to(update), update)
-    else:
-        assert carried.inner is not None
-        assert position is not None
-        block = layer.seq_modeling_block
-        x, inner = block.forward_from(x.to(update), update, carried.inner, position == 0)
-        inner = inner.detach()
-    x = _feed_forward(original, x)
+    with running.compiling(x.device):
+        update, keys, values = _attend(original.self_attn, original.norm1(x), carried, position)
+        update = original.layer_scale_1(update)
+        if not hybrid:
+            x = x.to(update) + update
+        elif carried is None:
+            x = layer.seq_modeling_block(x.to(update), update)
+        else:
+            assert carried.inner is not None
+            assert position is not None
+            block = layer.seq_modeling_block
+            x, inner = block.forward_from(x.to(update), update, carried.inner, position == 0)
+            inner = inner.detach()
+        x = _feed_forward(original, x)
     if carried is None:
         return x, None
     return x, CarriedLayer(_kept(keys, x.shape[1]), _kept(values, x.shape[1]), inner)
@@ -132,6 +165,7 @@ def _attend(
     if attention.rope is not None:
         offset = torch.zeros(rows, device=x.device, dtype=torch.long) if position is None else position
         q, k = attention.rope(q, k, offset, time_before_heads=True)
+        v = v.contiguous()  # else the backward pass would keep the queries and keys before rotation too
     if carried is not None:
         assert carried.keys.shape[2] + 1 == attention.context, "the context changed between chunks"
         k = torch.cat((carried.keys.transpose(1, 2), k), dim=1)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import TINY, compose_config, own_logging, tiny_config, trained_parts
 
+from finetune import scoring
 from finetune.config import to_typed
 from finetune.loss import LossModel, LossWeights
 from finetune.optimizer import Optimizer
@@ -118,8 +119,12 @@ def test_live_bytes_are_counted_as_worked_out_by_hand():
     assert memory.peak == 8000
 
 
-def test_activation_checkpointing_lowers_the_peak_and_costs_compute():
-    keep, recompute = (plan(f"gradient_checkpointing={on}", *LONGER) for on in ("false", "true"))
+def test_activation_checkpointing_lowers_the_peak_and_costs_compute(monkeypatch):
+    # Of the tiny model the depformer is the larger part: small parts of it leave the peak to the layers.
+    monkeypatch.setattr(scoring, "DEPFORMER_FRAMES", 8)
+    longest = "duration_sec=6.4"
+    configs = (tiny_config("-", f"gradient_checkpointing={on}", longest) for on in ("false", "true"))
+    keep, recompute = (make_plan(config, 1) for config in configs)
     assert recompute.step_peak < 0.7 * keep.step_peak
     assert recompute.flops_per_step > 1.1 * keep.flops_per_step
 
@@ -170,7 +175,9 @@ def test_gpus_share_the_data_and_the_model():
         assert 0 <= shards * split.optimizer - one.optimizer < shards
         # A layer of the tiny model and its embeddings are the largest of 15 units.
         assert one.weights / 15 < split.gathered < one.weights
-        rest = {"weights": 0, "optimizer": 0, "gathered": 0}
+        # Heads that are split run their modules once: no parts, and Moshi's own order of steps.
+        assert split.step_peak != whole.step_peak
+        rest = {"weights": 0, "optimizer": 0, "gathered": 0, "step_peak": 0, "flops_per_step": 0}
         assert dataclasses.replace(split, **rest) == dataclasses.replace(whole, **rest)
 
 
