@@ -2,8 +2,8 @@
 
 `python -m benchmarks.train_step` measures the model that fits the machine: Moshi 7B with random weights on a
 GPU, 100 s x 16 clips; the tiny one on a CPU. `--levers` takes each lever away from ours in turn.
-`--moshi-finetune PATH` takes loss and precision handling of the plain step from a checkout of it; without, the
-plain step has the same loss, written here, and our optimiser.
+`--moshi-finetune PATH` takes loss and precision handling of the plain step from a checkout of it; without,
+the plain step has our optimiser and the same loss.
 """
 
 import argparse

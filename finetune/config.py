@@ -219,8 +219,8 @@ class TrainConfig:
     their activations; the others keep them. As few as fit in memory are fastest. None is all."""
 
     compile: str = "auto"
-    """true: norms, rotations and gates are compiled to single kernels, which takes about a minute at the first
-    step. false: they are not. auto: true on a GPU. NO_TORCH_COMPILE=1 in the environment turns it off."""
+    """true: norms, rotations and gates are compiled to single kernels, in the first step. false: they are
+    not. auto: true on a GPU. NO_TORCH_COMPILE=1 in the environment turns it off."""
 
     device: str = "auto"
     """cuda, cpu, or auto: cuda where there is one."""
@@ -304,8 +304,8 @@ class TrainConfig:
             return
         if self.checkpoint_layers < 1:
             raise ValueError(
-                f"checkpoint_layers must be at least 1, or null for all; got {self.checkpoint_layers}. To keep "
-                "all activations set gradient_checkpointing=false"
+                f"checkpoint_layers must be at least 1, or null for all; got {self.checkpoint_layers}. To "
+                "keep all activations set gradient_checkpointing=false"
             )
         if not self.gradient_checkpointing:
             raise ValueError(

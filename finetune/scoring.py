@@ -57,7 +57,13 @@ def audio_loss(
     targets: torch.Tensor,
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum of weight x loss of the depformer; hidden `[N, C]`, codes `[N, 17]`, targets and weight `[N, K]`."""
+    """Sum of weight x loss of the depformer.
+
+    Args:
+        hidden: `[N, C]`.
+        codes: what the frames' steps predict, `[N, 17]`.
+        targets, weight: `[N, K]`.
+    """
 
     def part(frames: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         logits = depformer_logits(model, codes[start:stop], frames)
@@ -123,8 +129,10 @@ class _LossInParts(torch.autograd.Function):
 
 
 def loss_of_logits(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`weighted_nll_sum` of all frames' logits `[N, card]`, which become float32 a part at a time: for heads that are
-    split over processes, whose weights are whole in one call only."""
+    """`weighted_nll_sum` of all frames' logits `[N, card]`, which become float32 a part at a time.
+
+    For heads that are split over processes: their weights are whole in one call only.
+    """
     sums = []
     for rows in zip(*(x.split(TEXT_FRAMES) for x in (logits, targets, weight)), strict=True):
         if torch.is_grad_enabled():

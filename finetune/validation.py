@@ -80,7 +80,7 @@ def carried_validation_loss(
                 # The row of a recording that has ended gets its last chunk again, which counts for nothing.
                 codes = encoder.encode([row[min(step, len(row) - 1)] for row in rows]).codes
                 ended = torch.tensor([not mine or step >= len(row) for row in rows], device=codes.device)
-                targets = weighted_chunk_targets(model.lm, codes, carried, weights).without(ended)
+                targets = weighted_step_targets(model.lm, codes, carried, weights).without(ended)
                 losses, carried = model(codes, targets, carried)
                 sums[:2] += losses.double()
                 sums[2:] += targets.totals()
