@@ -18,6 +18,7 @@ from moshi_ttt.integration import FRAME_RATE
 from moshi_ttt.loading import DTYPES, ModelConfig
 from moshi_ttt.lora import LoRAConfig
 from moshi_ttt.parameters import TRAINABLE_GROUPS
+from moshi_ttt.temporal import Running
 
 
 @dataclass
@@ -213,6 +214,14 @@ class TrainConfig:
     gradient_checkpointing: bool = True
     """Recompute each layer's activations in the backward pass."""
 
+    checkpoint_layers: int | None = None
+    """With gradient_checkpointing: how many layers of the temporal transformer, from the first on, recompute
+    their activations; the others keep them. As few as fit in memory are fastest. None is all."""
+
+    compile: str = "auto"
+    """true: norms, rotations and gates are compiled to single kernels, in the first step. false: they are
+    not. auto: true on a GPU. NO_TORCH_COMPILE=1 in the environment turns it off."""
+
     device: str = "auto"
     """cuda, cpu, or auto: cuda where there is one."""
 
@@ -226,6 +235,11 @@ class TrainConfig:
     def encode(self) -> str:
         """How audio becomes codes: `data.encode`, or what it stands for."""
         return self.data.encode or (WHOLE if self.ttt.persistent_states else PER_CLIP)
+
+    @property
+    def running(self) -> Running:
+        """How the layers are run."""
+        return Running(self.checkpoint_layers, {"auto": None, "true": True, "false": False}[self.compile])
 
     @property
     def settings(self) -> ModelSettings:
@@ -255,6 +269,7 @@ class TrainConfig:
         if self.ttt.persistent_states:
             refuse_broken_mini_batches(self.duration_sec, self.ttt.mini_batch_size if self.ttt.enable else 1)
         self._validate_data()
+        self._validate_running()
         validate_evaluations(self.evaluations)
         if self.max_carried_gib is not None and not self.max_carried_gib > 0:
             raise ValueError(f"max_carried_gib must be above 0, or null; got {self.max_carried_gib}")
@@ -281,6 +296,22 @@ class TrainConfig:
         if self.wandb.mode != "disabled" and not self.wandb.project:
             raise ValueError(f"wandb.mode={self.wandb.mode} needs wandb.project=NAME")
         self._validate_resume()
+
+    def _validate_running(self) -> None:
+        if self.compile not in ("auto", "true", "false"):
+            raise ValueError(f"compile must be auto, true or false; got {self.compile!r}")
+        if self.checkpoint_layers is None:
+            return
+        if self.checkpoint_layers < 1:
+            raise ValueError(
+                f"checkpoint_layers must be at least 1, or null for all; got {self.checkpoint_layers}. To "
+                "keep all activations set gradient_checkpointing=false"
+            )
+        if not self.gradient_checkpointing:
+            raise ValueError(
+                f"checkpoint_layers={self.checkpoint_layers} with gradient_checkpointing=false: nothing is "
+                "recomputed; set gradient_checkpointing=true or checkpoint_layers=null"
+            )
 
     def _validate_resume(self) -> None:
         known = flat(to_plain(TrainConfig(run_dir="")))

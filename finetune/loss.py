@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from moshi.models.lm import LMModel, LMOutput
 from torch import nn
-from torch.nn import functional as F
 
-from moshi_ttt.carried import CarriedState, chunk_steps, forward_chunk
-from moshi_ttt.delays import scored_in_clip
+from finetune.scoring import audio_loss, loss_of_logits, text_loss, weighted_nll_sum
+from moshi_ttt.carried import CarriedState, chunk_steps, hidden_of_chunk
+from moshi_ttt.delays import clip_steps, scored_in_clip
+from moshi_ttt.temporal import Running, temporal_clips
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ def weighted_chunk_targets(
     return _weigh(model, steps.targets, steps.scored, weights)
 
 
+def weighted_step_targets(
+    model: LMModel, codes: torch.Tensor, carried: CarriedState | None, weights: LossWeights
+) -> WeightedTargets:
+    """Targets of codes `[B, 17, T]` in the order of the model's steps, as `LossModel` takes them: of whole
+    clips, or with `carried` of the next chunk of each row's recording."""
+    if carried is not None:
+        return weighted_chunk_targets(model, codes, carried, weights)
+    steps = clip_steps(model, codes)
+    return _weigh(model, steps.targets, steps.scored, weights)
+
+
 def _weigh(
     model: LMModel, targets: torch.Tensor, scored: torch.Tensor, weights: LossWeights
 ) -> WeightedTargets:
@@ -74,20 +86,6 @@ def _weigh(
     audio_weight = scored[:, first:last].float()
     audio_weight[:, 0] *= weights.first_codebook
     return WeightedTargets(text, text_weight, audio, audio_weight)
-
-
-def weighted_nll_sum(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Sum of weight x cross-entropy in nats, a float32 scalar.
-
-    Args:
-        logits: `[B, K, T, card]`; NaN is allowed where the weight is 0.
-        targets, weight: `[B, K, T]`.
-    """
-    counts = weight > 0
-    # Out of place of the NaN: a product with 0 would keep it, and no host synchronisation is needed.
-    logits = torch.where(counts[..., None], logits, 0).flatten(0, 2).float()
-    nll = F.cross_entropy(logits, torch.where(counts, targets, 0).flatten(), reduction="none")
-    return (nll * weight.flatten()).sum()
 
 
 def loss_sums(output: LMOutput, targets: WeightedTargets) -> torch.Tensor:
@@ -105,11 +103,16 @@ class LossModel(nn.Module):
 
     Args:
         lm: the model.
+        running: how its layers are run.
+    Attributes:
+        split: whether the model's parameters are split over processes.
     """
 
-    def __init__(self, lm: LMModel):
+    def __init__(self, lm: LMModel, running: Running | None = None):
         super().__init__()
         self.lm = lm
+        self.running = running or Running()
+        self.split = False
 
     def forward(
         self, codes: torch.Tensor, targets: WeightedTargets, carried: CarriedState | None = None
@@ -117,10 +120,38 @@ class LossModel(nn.Module):
         """Weighted sums of the text and audio loss of codes `[B, 17, T]`, `[2]`, and the state to carry on.
 
         Args:
-            codes, targets: whole clips; with `carried` the next chunks of recordings.
+            codes: whole clips; with `carried` the next chunks of recordings.
+            targets: of `weighted_step_targets`.
             carried: what the rows carry from their last chunks.
         """
+        after = None
         if carried is None:
-            return loss_sums(self.lm(codes), targets), None
-        output, after = forward_chunk(self.lm, codes, carried)
-        return loss_sums(output, targets), after
+            steps = clip_steps(self.lm, codes)
+            hidden = temporal_clips(self.lm, steps.inputs, self.running)
+        else:
+            hidden, steps, after = hidden_of_chunk(self.lm, codes, carried, self.running)
+        heads = self._split_heads if self.split else self._heads
+        with self.running.compiling(codes.device):
+            return torch.stack(heads(hidden, steps.targets, targets)), after
+
+    def _heads(
+        self, hidden: torch.Tensor, codes: torch.Tensor, targets: WeightedTargets
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text and audio loss of hidden states `[B, T, C]` whose steps predict `codes` `[B, 17, T]`."""
+        frames = hidden.flatten(0, 1)
+        text = text_loss(self.lm, frames, targets.text.flatten(), targets.text_weight.flatten())
+        codes, goals, weight = (
+            x.transpose(1, 2).flatten(0, 1) for x in (codes, targets.audio, targets.audio_weight)
+        )
+        return text, audio_loss(self.lm, frames, codes, goals, weight)
+
+    def _split_heads(
+        self, hidden: torch.Tensor, codes: torch.Tensor, targets: WeightedTargets
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_heads` of a model that is split over processes: each of its modules runs once."""
+        text_logits = self.lm.text_linear(hidden).flatten(0, 1)
+        logits = self.lm.forward_depformer_training(codes, hidden)
+        return (
+            loss_of_logits(text_logits, targets.text.flatten(), targets.text_weight.flatten()),
+            loss_of_logits(logits.flatten(0, 2), targets.audio.flatten(), targets.audio_weight.flatten()),
+        )

@@ -5,6 +5,7 @@ import math
 import torch
 from moshi.models.lm import LMModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -51,8 +52,7 @@ class Optimizer:
             ],
             betas=(0.9, 0.95),
             eps=1e-8,
-            # What torch chooses itself, but for DTensors, which it would update one by one.
-            foreach=self.parameters[0].device.type == "cuda",
+            fused=True,  # one pass over each parameter and its state
         )
         self.schedule = OneCycleLR(
             self.adamw,
@@ -71,13 +71,15 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the parameters and move the schedule on."""
-        for parameter, master in self.masters.items():
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+        """Update the parameters and move the schedule on. Nothing waits for the device."""
+        moving = [(p, master) for p, master in self.masters.items() if p.grad is not None]
+        for _, master in moving:
+            master.grad = torch.empty_like(master)
+        _copy([master.grad for _, master in moving], [p.grad for p, _ in moving])
         self.adamw.step()
-        for parameter, master in self.masters.items():
-            parameter.copy_(master)
+        for _, master in moving:
             master.grad = None
+        _copy([p for p, _ in moving], [master for _, master in moving])
         self.schedule.step()
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -94,7 +96,7 @@ class Optimizer:
             updated = self.masters.get(parameter, parameter)
             state = self.adamw.state[updated]
             if not state:  # as AdamW has it before its first step
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.zeros((), device=updated.device)
                 state["exp_avg"] = torch.zeros_like(updated, requires_grad=False)
                 state["exp_avg_sq"] = torch.zeros_like(updated, requires_grad=False)
             found["parameter"][name] = parameter.detach()
@@ -124,3 +126,14 @@ class Optimizer:
 def _usable_pct_start(pct_start: float, max_steps: int) -> float:
     """OneCycle divides by pct_start x max_steps - 1; where that is 0, the rates rise a little longer."""
     return pct_start + 1e-6 if math.isclose(pct_start * max_steps, 1) else pct_start
+
+
+def _copy(targets: list[torch.Tensor | None], sources: list[torch.Tensor | None]) -> None:
+    """Copy each source to its target, all in a few kernels. What is split is copied shard by shard."""
+    if targets:
+        torch._foreach_copy_([_local(t) for t in targets], [_local(s) for s in sources])
+
+
+def _local(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -23,10 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from finetune.config import TrainConfig, to_typed
-from finetune.loss import LossWeights, loss_sums, weighted_chunk_targets, weighted_targets
+from finetune.loss import LossModel, LossWeights, weighted_step_targets
 from finetune.run_dir import start_logging
 from finetune.sharding import gathered_bytes, shard_count
-from moshi_ttt.carried import CarriedState, forward_chunk, fresh_state
+from finetune.speed import PEAK_TFLOPS
+from moshi_ttt.carried import CarriedState, fresh_state
 from moshi_ttt.integration import apply_ttt_to_model, set_activation_checkpointing
 from moshi_ttt.loading import find_lm_config, refuse_other_models
 from moshi_ttt.lora import apply_lora_to_model
@@ -41,6 +42,15 @@ _HEADER_BYTES = 200
 GIB = 1 << 30
 
 
+def _product_flops(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
+    """Of `[..., M, K]` times `[..., K, N]`, added to a third."""
+    return 2 * math.prod(left) * right[-1]
+
+
+# Products that torch's counter does not know in this form.
+_IN_PLACE_FLOPS = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
+
+
 @dataclass(frozen=True)
 class GPU:
     """Vendor's figures: memory in GiB, dense bfloat16 peak in TFLOP/s."""
@@ -50,12 +60,12 @@ class GPU:
 
 
 GPUS = {
-    "h100": GPU(80.0, 989.0),
-    "h200": GPU(141.0, 989.0),
-    "a100": GPU(80.0, 312.0),
-    "a100-40": GPU(40.0, 312.0),
-    "l40s": GPU(48.0, 362.0),
-    "l4": GPU(24.0, 121.0),
+    "h100": GPU(80.0, PEAK_TFLOPS["h100"]),
+    "h200": GPU(141.0, PEAK_TFLOPS["h200"]),
+    "a100": GPU(80.0, PEAK_TFLOPS["a100"]),
+    "a100-40": GPU(40.0, PEAK_TFLOPS["a100"]),
+    "l40s": GPU(48.0, PEAK_TFLOPS["l40s"]),
+    "l4": GPU(24.0, PEAK_TFLOPS["l4"]),
 }
 
 
@@ -156,22 +166,16 @@ def build_on_meta(config: TrainConfig) -> LMModel:
 
 
 def run_pass(
-    model: LMModel, codes: torch.Tensor, weights: LossWeights, carried: CarriedState | None
+    root: LossModel, codes: torch.Tensor, weights: LossWeights, carried: CarriedState | None
 ) -> CarriedState | None:
     """Forward and backward of one micro-batch, and the state that it leaves."""
-    after = None
-    if carried is None:
-        losses = loss_sums(model(codes), weighted_targets(model, codes, weights))
-    else:
-        targets = weighted_chunk_targets(model, codes, carried, weights)
-        output, after = forward_chunk(model, codes, carried)
-        losses = loss_sums(output, targets)
+    losses, after = root(codes, weighted_step_targets(root.lm, codes, carried, weights), carried)
     losses.sum().backward()
     return after
 
 
 def measure_step(
-    model: LMModel,
+    root: LossModel,
     codes: torch.Tensor,
     weights: LossWeights,
     num_microbatches: int = 1,
@@ -183,14 +187,14 @@ def measure_step(
     is not counted, the one that a pass makes in its place is.
     """
     memory = LiveBytes()
-    memory.ignore((*model.parameters(), *model.buffers(), codes))
+    memory.ignore((*root.parameters(), *root.buffers(), codes))
     memory.ignore([] if carried is None else carried.tensors())
     with memory:
         for _ in range(min(num_microbatches, 2)):
-            run_pass(model, codes, weights, carried)
+            run_pass(root, codes, weights, carried)
     # A pass of its own: torch's counter keeps what activation checkpointing recomputes alive.
-    with FlopCounterMode(display=False) as flops:
-        run_pass(model, codes, weights, carried)
+    with FlopCounterMode(display=False, custom_mapping=_IN_PLACE_FLOPS) as flops:
+        run_pass(root, codes, weights, carried)
     return memory.peak, flops.get_total_flops()
 
 
@@ -206,7 +210,9 @@ def make_plan(config: TrainConfig, gpus: int) -> Plan:
     state = fresh_state(model, config.batch_size) if config.ttt.persistent_states else None
     peak = flops = 0
     if trainable:
-        peak, flops = measure_step(model, codes, weights, config.num_microbatches, state)
+        root = LossModel(model, config.running)
+        root.split = shards > 1
+        peak, flops = measure_step(root, codes, weights, config.num_microbatches, state)
     # While masters are updated, their float32 gradients lie beside the parameters'.
     update_peak = sum(
         p.numel() * (p.element_size() + (0 if p.dtype == torch.float32 else 4)) for p in trainable

@@ -97,6 +97,7 @@ def shard(root: LossModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
         )
         units += 1
     fully_shard(root, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
+    root.split = True
     for layer in root.lm.transformer.layers:
         if isinstance(layer, HybridStreamingTransformerLayer):
             register_fsdp_forward_method(layer.seq_modeling_block, "forward_from")

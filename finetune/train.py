@@ -71,11 +71,12 @@ def build_parts(
     mesh = make_mesh(config.fsdp, process)
     sharded = None
     if mesh is None:
-        loss_model = LossModel(build_model(settings, base, process.device, weights))
+        loss_model = LossModel(build_model(settings, base, process.device, weights), config.running)
         counts = set_trainable(loss_model.lm, config.mode)
     else:
         sharded = build_sharded(settings, base, weights, config.mode, process, mesh, config.fsdp)
         loss_model, counts = sharded.root, sharded.trained
+        loss_model.running = config.running
     model = loss_model.lm
     verify_ttt_layers(model, settings.ttt)
     verify_contexts(model, settings.ttt)

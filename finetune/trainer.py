@@ -22,13 +22,7 @@ from finetune.data.clips import Batch, Clip, ClipEncoder, Encoder
 from finetune.data.prepared import WHOLE
 from finetune.distributed import Process, gather, sum_gradients, sum_over_processes, wait_for_all
 from finetune.evaluations import Scheduled, Subject, run_evaluations
-from finetune.loss import (
-    LossModel,
-    LossWeights,
-    WeightedTargets,
-    weighted_chunk_targets,
-    weighted_targets,
-)
+from finetune.loss import LossModel, LossWeights, WeightedTargets, weighted_step_targets
 from finetune.optimizer import Optimizer
 from finetune.persistence import CarriedRows
 from finetune.pieces import Piece, PieceReader, piece_of
@@ -39,6 +33,7 @@ from finetune.saving import Consolidated, Saver
 from finetune.sharded_build import ShardedModel, whole_copy
 from finetune.sharding import reduce_gradients, reshard
 from finetune.signals import StoppedBySignal, StopRequests
+from finetune.speed import Phases, speed_of_step
 from finetune.validation import answer_prompt, carried_validation_loss, validation_loss
 from moshi_ttt.carried import CarriedState
 from moshi_ttt.checkpoint import moshi_config, saved_checkpoints, weight_files
@@ -112,6 +107,7 @@ class Trainer:
         self.metrics = metrics
         self.weights = LossWeights(config.first_codebook_weight_multiplier, config.text_padding_weight)
         self.step = 0
+        self.phases = Phases(process.device)
         self.carried: CarriedRows | None = None
         self.encoder: Encoder = parts.encoder
         self.valid_chunks: ChunkEncoder | None = None
@@ -173,30 +169,39 @@ class Trainer:
         return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.config.max_steps)
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step; returns what is worth logging."""
+        """One optimiser step; returns what is worth logging.
+
+        The process waits for the device once, before the update: a step with a NaN is not taken. `data_sec`
+        is the time in which nothing was there to compute. The heads' gradients are computed in the forward
+        phase, see `finetune.scoring`; the optimiser's time is that of the step before.
+        """
         started = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.config.num_microbatches)]
         fetched = time.perf_counter()
         self.optimizer.zero_grad()
         self._diagnose_if_due()
         losses = self.forward_backward(batches)
+        self.phases.begin("optimizer")
         grad_norm = self.optimizer.clip()
-        self._require_finite(losses, grad_norm, batches)
+        text_loss, audio_loss, norm = torch.stack((*losses, grad_norm.to(losses))).tolist()
+        self._require_finite((text_loss, audio_loss), norm, batches)
+        seconds = self.phases.read()
         rates = self.optimizer.learning_rates()
         self.optimizer.step()
+        self.phases.begin("between steps")
         self.step += 1
-        text_loss, audio_loss = losses.tolist()
         elapsed = time.perf_counter() - started
-        frames = sum(batch.codes.shape[0] * batch.codes.shape[2] for batch in batches)
         return {
             "loss": text_loss + audio_loss,
             "text_loss": text_loss,
             "audio_loss": audio_loss,
-            "grad_norm": float(grad_norm),
+            "grad_norm": norm,
             **{f"lr_{name}": rate for name, rate in rates.items()},
-            "frames_per_s": frames * self.process.world_size / elapsed,
-            "step_sec": elapsed,
+            **speed_of_step(
+                self.parts.model, [batch.codes.shape for batch in batches], elapsed, self.process
+            ),
             "data_sec": fetched - started,
+            **{f"{name}_sec": length for name, length in seconds.items()},
         }
 
     def _diagnose_if_due(self) -> None:
@@ -218,7 +223,10 @@ class Trainer:
         Each loss is a weighted mean over all targets of the step, wherever they are computed.
         """
         starts = [self._start_of(slot, batch) for slot, batch in enumerate(batches)]
-        targets = [self._targets(batch, start) for batch, start in zip(batches, starts, strict=True)]
+        targets = [
+            weighted_step_targets(self.parts.model, batch.codes, start, self.weights)
+            for batch, start in zip(batches, starts, strict=True)
+        ]
         totals = torch.stack([t.totals() for t in targets]).sum(0)
         totals = sum_over_processes(totals, self.process).clamp(min=1e-9)
         losses = torch.zeros(2, device=self.process.device)
@@ -234,11 +242,6 @@ class Trainer:
         """What the rows of a micro-batch carry; None where every clip stands alone."""
         return None if self.carried is None else self.carried.before(slot, batch.clips)
 
-    def _targets(self, batch: Batch, start: CarriedState | None) -> WeightedTargets:
-        if start is None:
-            return weighted_targets(self.parts.model, batch.codes, self.weights)
-        return weighted_chunk_targets(self.parts.model, batch.codes, start, self.weights)
-
     def _backward_one(
         self,
         slot: int,
@@ -247,22 +250,24 @@ class Trainer:
         targets: WeightedTargets,
         totals: torch.Tensor,
     ) -> torch.Tensor:
+        self.phases.begin("forward")
         sums, after = self.parts.loss_model(batch.codes, targets, start)
         losses = sums / totals.float()
+        self.phases.begin("backward")
         losses.sum().backward()
         if self.carried is not None:
             assert after is not None
             self.carried.keep(slot, after)
         return losses.detach()
 
-    def _require_finite(self, losses: torch.Tensor, grad_norm: torch.Tensor, batches: list[Batch]) -> None:
-        if bool(torch.isfinite(losses).all()) and math.isfinite(grad_norm):
+    def _require_finite(self, losses: tuple[float, ...], grad_norm: float, batches: list[Batch]) -> None:
+        if all(map(math.isfinite, (*losses, grad_norm))):
             return
         self.saver.wait()
         saved = saved_checkpoints(self.run_dir)
         clips = "; ".join(str(clip) for batch in batches for clip in batch.clips)
         raise NonFiniteLossError(
-            f"step {self.step + 1}: loss {losses.tolist()} (text, audio), gradient norm {float(grad_norm)}. "
+            f"step {self.step + 1}: loss {list(losses)} (text, audio), gradient norm {grad_norm}. "
             f"Clips of this process: {clips}. Last good checkpoint: {saved[-1] if saved else 'none yet'}. "
             "Look at these clips, or lower the learning rates, and start again with init_from=CHECKPOINT"
         )
@@ -273,7 +278,7 @@ class Trainer:
             return
         self.metrics.log(self.step, "train", values)
         logger.info(
-            "step %d/%d loss %.4f (text %.4f, audio %.4f) grad norm %.3f, %.0f frames/s",
+            "step %d/%d loss %.4f (text %.4f, audio %.4f) grad norm %.3f, %.0f frames/s, %.0f tokens/s",
             self.step,
             self.config.max_steps,
             values["loss"],
@@ -281,6 +286,7 @@ class Trainer:
             values["audio_loss"],
             values["grad_norm"],
             values["frames_per_s"],
+            values["tokens_per_s"],
         )
 
     def evaluate_due(self, stop: StopRequests | None = None) -> None:

@@ -16,7 +16,7 @@ from moshi.models.lm import LMModel
 from finetune.data.chunks import ChunkEncoder, by_recording
 from finetune.data.clips import Clip, Encoder
 from finetune.distributed import Process, sum_over_processes
-from finetune.loss import LossModel, LossWeights, weighted_chunk_targets, weighted_targets
+from finetune.loss import LossModel, LossWeights, weighted_step_targets
 from inference.stream import Answer, Sampling, answer, write_wav
 from moshi_ttt.carried import fresh_state
 
@@ -52,7 +52,7 @@ def validation_loss(
             mine = whole[process.rank :: process.world_size]
             codes = encoder.encode(mine or whole[:1]).codes
             idle = torch.full((codes.shape[0],), not mine, device=codes.device)
-            targets = weighted_targets(model.lm, codes, weights).without(idle)
+            targets = weighted_step_targets(model.lm, codes, None, weights).without(idle)
             sums[:2] += model(codes, targets)[0].double()
             sums[2:] += targets.totals()
     return _means(sums, process)
@@ -80,7 +80,7 @@ def carried_validation_loss(
                 # The row of a recording that has ended gets its last chunk again, which counts for nothing.
                 codes = encoder.encode([row[min(step, len(row) - 1)] for row in rows]).codes
                 ended = torch.tensor([not mine or step >= len(row) for row in rows], device=codes.device)
-                targets = weighted_chunk_targets(model.lm, codes, carried, weights).without(ended)
+                targets = weighted_step_targets(model.lm, codes, carried, weights).without(ended)
                 losses, carried = model(codes, targets, carried)
                 sums[:2] += losses.double()
                 sums[2:] += targets.totals()

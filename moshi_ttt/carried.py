@@ -8,35 +8,16 @@ Gradients stop at the edge of a chunk (truncated back-propagation): what is carr
 streaming caches are not used: they hold `context` keys, too few for a call of several frames.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from moshi.models.lm import LMModel, LMOutput
-from moshi.modules.transformer import StreamingMultiheadAttention, StreamingTransformerLayer
-from moshi.utils.compile import no_compile
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from moshi.modules.transformer import StreamingMultiheadAttention
 
 from moshi_ttt.delays import Steps, frames_before, shift_codes
-from moshi_ttt.hybrid_layer import HybridStreamingTransformerLayer
 from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.integration import temporal_attentions, ttt_layers
-
-
-@dataclass(frozen=True)
-class CarriedLayer:
-    """What one temporal layer leaves to the next chunk.
-
-    Args:
-        keys, values: of the last context - 1 frames, rotated, `[B, H, context - 1, D]`, model's dtype.
-        inner: weights of the inner network, `[B * H, ...]` float32; None in a layer without TTT.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    inner: InnerWeights | None
+from moshi_ttt.temporal import CarriedLayer, Running, temporal_chunk
 
 
 @dataclass(frozen=True)
@@ -156,22 +137,7 @@ def forward_chunk(
         ValueError: a chunk that is no whole number of mini-batches, another batch size than carried, or a
             model that is streaming.
     """
-    _refuse_chunk(model, codes, carried)
-    if carried is None:
-        carried = fresh_state(model, codes.shape[0])
-    steps = chunk_steps(model, codes, carried)
-    x = _embed(model, steps.inputs)
-    dtype = x.dtype
-    layers = []
-    for layer, before in zip(model.transformer.layers, carried.layers, strict=True):
-        arguments = (layer, x, before, carried.position)
-        if model.transformer.checkpointing and torch.is_grad_enabled():
-            result = checkpoint(_layer_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            result = _layer_chunk(*arguments)
-        x, after = result  # type: ignore[misc]
-        layers.append(after)
-    out = model.out_norm(x.to(dtype))
+    out, steps, after = hidden_of_chunk(model, codes, carried)
     text_logits = model.text_linear(out)[:, None]
     logits = model.forward_depformer_training(steps.targets, out)
     first, last = model.audio_offset, model.audio_offset + model.dep_q
@@ -183,7 +149,20 @@ def forward_chunk(
         targets=steps.targets[:, first:last],
         text_targets=steps.targets[:, :first],
     )
-    return output, CarriedState(tuple(layers), steps.earlier, carried.position + codes.shape[-1])
+    return output, after
+
+
+def hidden_of_chunk(
+    model: LMModel, codes: torch.Tensor, carried: CarriedState | None = None, running: Running | None = None
+) -> tuple[torch.Tensor, Steps, CarriedState]:
+    """The part of `forward_chunk` below the heads: the temporal transformer's output `[B, T, C]`, the steps
+    that it is of, and the state for the next chunk."""
+    _refuse_chunk(model, codes, carried)
+    if carried is None:
+        carried = fresh_state(model, codes.shape[0])
+    steps = chunk_steps(model, codes, carried)
+    out, layers = temporal_chunk(model, steps.inputs, carried.layers, carried.position, running or Running())
+    return out, steps, CarriedState(layers, steps.earlier, carried.position + codes.shape[-1])
 
 
 def _refuse_chunk(model: LMModel, codes: torch.Tensor, carried: CarriedState | None) -> None:
@@ -203,68 +182,6 @@ def _refuse_chunk(model: LMModel, codes: torch.Tensor, carried: CarriedState | N
                 f"{frames // size * size} or {(frames // size + 1) * size} frames (a last chunk can be "
                 f"filled up with {model.zero_token_id})"
             )
-
-
-def _embed(model: LMModel, sequence: torch.Tensor) -> torch.Tensor:
-    """Sum of the embeddings of codes `[B, 17, T]`, `[B, T, C]`, added up as `LMModel.forward_text` does."""
-    x = model.emb[0](sequence[:, model.audio_offset])
-    for index in range(1, model.num_audio_codebooks):
-        x = x + model.emb[index](sequence[:, index + model.audio_offset])
-    return x + model.text_emb(sequence[:, 0])
-
-
-def _layer_chunk(
-    layer: nn.Module, x: torch.Tensor, carried: CarriedLayer, position: torch.Tensor
-) -> tuple[torch.Tensor, CarriedLayer]:
-    """A temporal layer's forward `[B, T, C]` with its state as input and output; the same at every call."""
-    hybrid = isinstance(layer, HybridStreamingTransformerLayer)
-    original = layer.original_layer if hybrid else layer
-    assert isinstance(original, StreamingTransformerLayer)
-    assert original.cross_attention is None
-    assert not original.skip_self_attn
-    with ExitStack() as stack:
-        if x.device.type != "cuda":
-            stack.enter_context(no_compile())
-        update, keys, values = _attend(original.self_attn, original.norm1(x), carried, position)
-        update = original.layer_scale_1(update)
-        inner = None
-        if hybrid:
-            assert carried.inner is not None
-            block = layer.seq_modeling_block
-            x, inner = block.forward_from(x.to(update), update, carried.inner, position == 0)
-            inner = inner.detach()
-        else:
-            x = x.to(update) + update
-        x = original._ff_block(x)
-    return x, CarriedLayer(keys, values, inner)
-
-
-def _attend(
-    attention: StreamingMultiheadAttention, x: torch.Tensor, carried: CarriedLayer, position: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Self-attention of `[B, T, C]` over this chunk and the carried keys, within `context`.
-
-    Returns:
-        The output `[B, T, C]`, and the keys and values of the last context - 1 frames, detached.
-    """
-    assert attention.causal
-    assert attention.kv_repeat == len(attention.in_projs) == 1
-    context = carried.keys.shape[2] + 1
-    assert context == attention.context, "the context changed between chunks"
-    rows, length, _ = x.shape
-    projected = attention.in_projs[0](x).view(rows, length, 3, attention.num_heads, -1)
-    q, k, v = projected.permute(2, 0, 3, 1, 4)
-    if attention.rope is not None:
-        q, k = attention.rope(q, k, position, time_before_heads=False)
-    keys, values = torch.cat((carried.keys, k), dim=2), torch.cat((carried.values, v), dim=2)
-    # Key j is frame position + j - (context - 1): of the frames before a recording there is nothing to see.
-    key = torch.arange(context - 1 + length, device=x.device) - (context - 1)
-    delta = torch.arange(length, device=x.device)[:, None] - key
-    visible = (delta >= 0) & (delta < context) & (position[:, None] + key >= 0)[:, None]
-    out = F.scaled_dot_product_attention(q, keys, values, visible[:, None])
-    out = attention.out_projs[0](out.transpose(1, 2).flatten(2))
-    # Copies: a slice would keep the keys of the whole chunk alive.
-    return out, keys[:, :, length:].detach().clone(), values[:, :, length:].detach().clone()
 
 
 def carried_bytes(model: LMModel, rows: int) -> dict[str, int]:

@@ -57,14 +57,19 @@ def shift_codes(model: LMModel, codes: torch.Tensor, earlier: torch.Tensor, posi
     return Steps(delayed(0), targets, scored, window[..., length:].clone())
 
 
+def clip_steps(model: LMModel, codes: torch.Tensor) -> Steps:
+    """Steps of whole clips `[B, 17, T]`, each a recording of its own."""
+    batch_size = codes.shape[0]
+    position = torch.zeros(batch_size, device=codes.device, dtype=torch.long)
+    return shift_codes(model, codes, frames_before(model, batch_size).to(codes.device), position)
+
+
 def scored_in_clip(model: LMModel, codes: torch.Tensor) -> torch.Tensor:
     """Which codes of whole clips `[B, 17, T]` are targets, in the order of the codes (as Moshi's logits).
 
     A codebook delayed by d has no target in the last d frames: they would need steps beyond the clip.
     """
-    batch_size = codes.shape[0]
-    position = torch.zeros(batch_size, device=codes.device, dtype=torch.long)
-    scored = shift_codes(model, codes, frames_before(model, batch_size).to(codes.device), position).scored
+    scored = clip_steps(model, codes).scored
     length = codes.shape[-1]
     aligned = [F.pad(scored[:, k, d:], (0, min(d, length))) for k, d in enumerate(model.delays)]
     return torch.stack(aligned, dim=1)

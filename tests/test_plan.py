@@ -9,8 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import TINY, compose_config, own_logging, tiny_config, trained_parts
 
+from finetune import scoring
 from finetune.config import to_typed
-from finetune.loss import LossWeights
+from finetune.loss import LossModel, LossWeights
 from finetune.optimizer import Optimizer
 from finetune.plan import (
     GIB,
@@ -88,14 +89,14 @@ def test_the_peak_on_meta_is_the_peak_of_real_tensors(checkpointing, overrides, 
     settings = (*overrides, "ttt.max_inner_change=null", f"gradient_checkpointing={checkpointing}")
     meta = build_on_meta(tiny_config(tmp_path / "run", *settings))
     codes = torch.randint(0, 256, (2, 17, 16))
-    planned, planned_flops = measure_step(meta, codes.to("meta"), WEIGHTS)
+    planned, planned_flops = measure_step(LossModel(meta), codes.to("meta"), WEIGHTS)
     real = meta.to_empty(device="cpu")
     for tensor in (*real.parameters(), *real.buffers()):
         if tensor.is_floating_point():
             torch.nn.init.normal_(tensor, std=0.02)
     # Meta tensors take the plain attention, where a CPU would take the fused one.
     with sdpa_kernel(SDPBackend.MATH):
-        peak, flops = measure_step(real, codes, WEIGHTS)
+        peak, flops = measure_step(LossModel(real), codes, WEIGHTS)
     assert peak == planned
     assert flops == planned_flops
 
@@ -118,8 +119,12 @@ def test_live_bytes_are_counted_as_worked_out_by_hand():
     assert memory.peak == 8000
 
 
-def test_activation_checkpointing_lowers_the_peak_and_costs_compute():
-    keep, recompute = (plan(f"gradient_checkpointing={on}", *LONGER) for on in ("false", "true"))
+def test_activation_checkpointing_lowers_the_peak_and_costs_compute(monkeypatch):
+    # Of the tiny model the depformer is the larger part: small parts of it leave the peak to the layers.
+    monkeypatch.setattr(scoring, "DEPFORMER_FRAMES", 8)
+    longest = "duration_sec=6.4"
+    configs = (tiny_config("-", f"gradient_checkpointing={on}", longest) for on in ("false", "true"))
+    keep, recompute = (make_plan(config, 1) for config in configs)
     assert recompute.step_peak < 0.7 * keep.step_peak
     assert recompute.flops_per_step > 1.1 * keep.flops_per_step
 
@@ -170,7 +175,9 @@ def test_gpus_share_the_data_and_the_model():
         assert 0 <= shards * split.optimizer - one.optimizer < shards
         # A layer of the tiny model and its embeddings are the largest of 15 units.
         assert one.weights / 15 < split.gathered < one.weights
-        rest = {"weights": 0, "optimizer": 0, "gathered": 0}
+        # Heads that are split run their modules once: no parts, and Moshi's own order of steps.
+        assert split.step_peak != whole.step_peak
+        rest = {"weights": 0, "optimizer": 0, "gathered": 0, "step_peak": 0, "flops_per_step": 0}
         assert dataclasses.replace(split, **rest) == dataclasses.replace(whole, **rest)
 
 
@@ -267,7 +274,7 @@ def test_measuring_leaves_the_gradients_of_a_step(build, random_codes):
     model = build()
     set_trainable(model, "ttt")
     set_activation_checkpointing(model, False)
-    peak, flops = measure_step(model.train(), random_codes(1, 8), WEIGHTS)
+    peak, flops = measure_step(LossModel(model.train()), random_codes(1, 8), WEIGHTS)
     assert peak > 0
     assert flops > 0
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())

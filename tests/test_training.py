@@ -38,7 +38,9 @@ from finetune.validation import validation_loss
 from moshi_ttt.lora import LoRAConfig
 from moshi_ttt.parameters import named_groups, set_trainable
 
-TIMING = {"frames_per_s", "step_sec", "data_sec"}
+TIMING = {"frames_per_s", "tokens_per_s", "step_sec", "data_sec"} | {
+    f"{phase}_sec" for phase in ("forward", "backward", "optimizer")
+}
 
 
 def without_timing(run_dir):
@@ -162,7 +164,9 @@ def test_metrics_say_what_a_step_did(tmp_path):
         assert record.keys() == {"step", "split"} | values | groups | TIMING
         assert record["loss"] == record["text_loss"] + record["audio_loss"]
         assert record["frames_per_s"] == pytest.approx(2 * 16 / record["step_sec"])
-        assert record["data_sec"] <= record["step_sec"]
+        assert record["tokens_per_s"] == pytest.approx(9 * record["frames_per_s"])
+        assert record["data_sec"] + record["forward_sec"] + record["backward_sec"] <= record["step_sec"]
+        assert min(record["forward_sec"], record["backward_sec"]) > 0
     (valid,) = records(run_dir, "valid")
     assert valid.keys() == {"step", "split", "loss", "text_loss", "audio_loss", "perplexity"}
     log = (run_dir / "train.log").read_text()

@@ -1,0 +1,188 @@
+"""The temporal transformer in training: whole clips, and chunks of recordings with what they carry.
+
+The modules are Moshi's and ours; only how they are run is written here. What runs in streaming is Moshi's own
+forward pass.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from moshi.models.lm import LMModel
+from moshi.modules.gating import ActivationGating
+from moshi.modules.transformer import StreamingMultiheadAttention, StreamingTransformerLayer
+from moshi.utils.compile import no_compile
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moshi_ttt.attention import windowed_attention
+from moshi_ttt.hybrid_layer import HybridStreamingTransformerLayer
+from moshi_ttt.inner_weights import InnerWeights
+from moshi_ttt.linear import gated, linear
+
+
+@dataclass(frozen=True)
+class CarriedLayer:
+    """What one temporal layer leaves to the next chunk.
+
+    Args:
+        keys, values: of the last context - 1 frames, rotated, `[B, H, context - 1, D]`, model's dtype.
+        inner: weights of the inner network, `[B * H, ...]` float32; None in a layer without TTT.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    inner: InnerWeights | None
+
+
+@dataclass(frozen=True)
+class Running:
+    """How layers are run. The values are the same up to rounding.
+
+    Args:
+        recomputed: where activation checkpointing is on, how many layers from the first one on recompute
+            their activations; None: all. The others keep them: those of the last layers are the first to go
+            in the backward pass, before anything is recomputed beside them.
+        compiled: whether norms, rotations and gates are compiled; None: on a GPU.
+    """
+
+    recomputed: int | None = None
+    compiled: bool | None = None
+
+    def compiling(self, device: torch.device) -> AbstractContextManager[None]:
+        """Context in which Moshi's and our functions are compiled, or not."""
+        compiled = device.type == "cuda" if self.compiled is None else self.compiled
+        return nullcontext() if compiled else no_compile()
+
+
+def temporal_clips(model: LMModel, inputs: torch.Tensor, running: Running) -> torch.Tensor:
+    """The temporal transformer's output `[B, T, C]` for whole clips of delayed codes `[B, 17, T]`."""
+    out, _ = _temporal(model, inputs, [None] * len(model.transformer.layers), None, running)
+    return out
+
+
+def temporal_chunk(
+    model: LMModel,
+    inputs: torch.Tensor,
+    carried: tuple[CarriedLayer, ...],
+    position: torch.Tensor,
+    running: Running,
+) -> tuple[torch.Tensor, tuple[CarriedLayer, ...]]:
+    """The temporal transformer's output `[B, T, C]` for the next chunk, and what its layers carry on.
+
+    Args:
+        inputs: delayed codes `[B, 17, T]`.
+        carried: what each layer carries.
+        position: frames of each row's recording before the chunk, `[B]`.
+    """
+    out, after = _temporal(model, inputs, list(carried), position, running)
+    assert all(layer is not None for layer in after)
+    return out, tuple(after)  # type: ignore[arg-type]
+
+
+def _temporal(
+    model: LMModel,
+    inputs: torch.Tensor,
+    carried: list[CarriedLayer | None],
+    position: torch.Tensor | None,
+    running: Running,
+) -> tuple[torch.Tensor, list[CarriedLayer | None]]:
+    x = _embed(model, inputs)
+    dtype = x.dtype
+    recomputed = 0
+    if model.transformer.checkpointing and torch.is_grad_enabled():
+        recomputed = len(carried) if running.recomputed is None else running.recomputed
+    after = []
+    for index, (layer, before) in enumerate(zip(model.transformer.layers, carried, strict=True)):
+        arguments = (layer, x, before, position, running)
+        if index < recomputed:
+            result = checkpoint(_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            result = _layer(*arguments)
+        x, left = result  # type: ignore[misc]
+        after.append(left)
+    with running.compiling(x.device):
+        return model.out_norm(x.to(dtype)), after
+
+
+def _embed(model: LMModel, sequence: torch.Tensor) -> torch.Tensor:
+    """Sum of the embeddings of codes `[B, 17, T]`, `[B, T, C]`, added up as `LMModel.forward_text` does."""
+    x = model.emb[0](sequence[:, model.audio_offset])
+    for index in range(1, model.num_audio_codebooks):
+        x = x + model.emb[index](sequence[:, index + model.audio_offset])
+    return x + model.text_emb(sequence[:, 0])
+
+
+def _layer(
+    layer: nn.Module,
+    x: torch.Tensor,
+    carried: CarriedLayer | None,
+    position: torch.Tensor | None,
+    running: Running,
+) -> tuple[torch.Tensor, CarriedLayer | None]:
+    """A temporal layer's forward `[B, T, C]` with its state as input and output; the same at every call."""
+    hybrid = isinstance(layer, HybridStreamingTransformerLayer)
+    original = layer.original_layer if hybrid else layer
+    assert isinstance(original, StreamingTransformerLayer)
+    assert original.cross_attention is None
+    assert not original.skip_self_attn
+    inner = None
+    with running.compiling(x.device):
+        update, keys, values = _attend(original.self_attn, original.norm1(x), carried, position)
+        update = original.layer_scale_1(update)
+        if not hybrid:
+            x = x.to(update) + update
+        elif carried is None:
+            x = layer.seq_modeling_block(x.to(update), update)
+        else:
+            assert carried.inner is not None
+            assert position is not None
+            block = layer.seq_modeling_block
+            x, inner = block.forward_from(x.to(update), update, carried.inner, position == 0)
+            inner = inner.detach()
+        x = _feed_forward(original, x)
+    if carried is None:
+        return x, None
+    return x, CarriedLayer(_kept(keys, x.shape[1]), _kept(values, x.shape[1]), inner)
+
+
+def _attend(
+    attention: StreamingMultiheadAttention,
+    x: torch.Tensor,
+    carried: CarriedLayer | None,
+    position: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Self-attention of `[B, T, C]` over its frames and the carried keys, within `context`.
+
+    Returns:
+        The output `[B, T, C]`, and all keys and values, `[B, S, H, D]`.
+    """
+    assert attention.causal
+    assert attention.kv_repeat == len(attention.in_projs) == 1
+    rows, length, _ = x.shape
+    projected = linear(attention.in_projs[0], x).view(rows, length, 3, attention.num_heads, -1)
+    q, k, v = projected.unbind(2)
+    if attention.rope is not None:
+        offset = torch.zeros(rows, device=x.device, dtype=torch.long) if position is None else position
+        q, k = attention.rope(q, k, offset, time_before_heads=True)
+        v = v.contiguous()  # else the backward pass would keep the queries and keys before rotation too
+    if carried is not None:
+        assert carried.keys.shape[2] + 1 == attention.context, "the context changed between chunks"
+        k = torch.cat((carried.keys.transpose(1, 2), k), dim=1)
+        v = torch.cat((carried.values.transpose(1, 2), v), dim=1)
+    out = windowed_attention(q, k, v, attention.context, position)
+    return linear(attention.out_projs[0], out.flatten(2)), k, v
+
+
+def _kept(frames: torch.Tensor, length: int) -> torch.Tensor:
+    """Keys or values behind the first `length`, `[B, H, context - 1, D]`, detached.
+
+    A copy: a slice would keep those of the whole chunk alive.
+    """
+    return frames[:, length:].transpose(1, 2).detach().clone(memory_format=torch.contiguous_format)
+
+
+def _feed_forward(layer: StreamingTransformerLayer, x: torch.Tensor) -> torch.Tensor:
+    assert isinstance(layer.gating, ActivationGating), "Moshi's temporal layers are gated"
+    update = gated(layer.gating, layer.norm2(x))
+    return x.to(update) + layer.layer_scale_2(update)
