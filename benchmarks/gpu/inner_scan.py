@@ -15,6 +15,8 @@ from moshi_ttt.inner_weights import InnerBound, InnerWeights
 WIDTH, HIDDEN = 128, 512
 FRAMES, LONG = 1250, 7500
 GROUP = 16
+# Batch rows, heads, mini-batch.
+SIZES = ((1, 32, 16), (1, 8, 16), (16, 32, 16), (16, 8, 16), (1, 32, 64), (16, 32, 64))
 
 
 class Problem:
@@ -104,14 +106,7 @@ def report_memory(results: Results, heads: int, device: torch.device) -> None:
 def run(results: Results) -> None:
     device = torch.device("cuda", 0)
     torch.manual_seed(0)
-    for rows, heads, mini_batch in (
-        (1, 32, 16),
-        (1, 8, 16),
-        (16, 32, 16),
-        (16, 8, 16),
-        (1, 32, 64),
-        (16, 32, 64),
-    ):
+    for rows, heads, mini_batch in SIZES:
         report(results, rows, heads, mini_batch, device)
     for heads in (8, 32):
         report_memory(results, heads, device)

@@ -1,7 +1,7 @@
 """How many GPU kernels a frame launches, and what they take: where the time of a small step goes.
 
-Inside a captured graph a kernel costs 1 to 3 microseconds however little it does, so a step of many small ones
-is bound by their number. One eager frame is profiled; a captured one runs the same kernels.
+Inside a captured graph a kernel costs 1 to 3 microseconds however little it does, so a step of many small
+ones is bound by their number. One eager frame is profiled; a captured one runs the same kernels.
 """
 
 from collections import Counter

@@ -48,8 +48,8 @@ def run(results: Results) -> None:
         free = shutil.disk_usage(folder).free
         if free < NEEDED_BYTES:
             raise ValueError(
-                f"{folder} has {free / 2**30:.1f} GiB free, the checkpoint needs {NEEDED_BYTES >> 30}; set TMPDIR "
-                "to a folder on a larger disk"
+                f"{folder} has {free / 2**30:.1f} GiB free, the checkpoint needs {NEEDED_BYTES >> 30}; set "
+                "TMPDIR to a folder on a larger disk"
             )
         path = write_base(folder, device)
         torch.cuda.empty_cache()
@@ -61,13 +61,6 @@ def run(results: Results) -> None:
         synchronize(device)
         loaded = time.perf_counter() - started
         assert model.device.type == device.type
-    results.add(
-        f"loading {size / 1e9:.1f} GB of Moshi 7B to the GPU",
-        loaded,
-        60.0,
-        "a minute",
-        "s",
-        1.0,
-        read_once_s=round(read, 2),
-    )
-    results.add("loading Moshi 7B", loaded, read, "reading its file once, from the page cache", "s", 0.5)
+    name = f"loading {size / 1e9:.1f} GB of Moshi 7B to the GPU"
+    results.add(name, loaded, 60.0, "a minute", "s", 1.0)
+    results.add(name, loaded, read, "reading its file once, from the page cache", "s", 0.5)

@@ -2,8 +2,8 @@
 
 Random bfloat16 weights made on the GPU: speed does not depend on them. All models share those of Moshi and
 have the attention windows of configs/experiment/moshi_7b_ttt.yaml. A frame is one `LMGen.step` and a wait for
-its tokens, as a live conversation needs them; models take turns in blocks of one mini-batch (16 frames, one of
-which folds the updates into the inner weights), and a model's time is the median of its blocks.
+its tokens, as a live conversation needs them; models take turns in blocks of one mini-batch (16 frames, one
+of which folds the updates into the inner weights), and a model's time is the median of its blocks.
 """
 
 import copy

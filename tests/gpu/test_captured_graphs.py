@@ -34,7 +34,7 @@ def executing(rows: int, frame: int) -> torch.Tensor:
 
 
 class Stream:
-    """A dialogue in codes, the likeliest tokens taken, and all that it was asked to forget or to leave out."""
+    """A dialogue in codes that takes the likeliest tokens, and what came out."""
 
     def __init__(self, model, rows: int, read):
         self.read = read

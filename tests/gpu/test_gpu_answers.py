@@ -25,7 +25,7 @@ def run_dir(private_cache, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def same_codes_in_every_batch():
-    """cuDNN's TF32 rounds the codec's convolutions as the batch happens to be laid out; not in these tests."""
+    """No TF32, with which cuDNN rounds the codec's convolutions as the batch happens to be laid out."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 

@@ -1,4 +1,4 @@
-"""How far the numbers of a GPU are from float64 on the CPU: the inner loop, a layer of Moshi's size, a model."""
+"""How far the numbers of a GPU are from float64 on the CPU: inner loop, layer of Moshi's size, model."""
 
 import copy
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Training on a GPU from the command line: a stopped run goes on bit for bit; FSDP2 over NCCL changes nothing."""
+"""Training on a GPU by command: a stopped run goes on bit for bit; FSDP2 over NCCL changes nothing."""
 
 import json
 import shutil
@@ -40,9 +40,8 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, case):
         assert (again / path).read_bytes() == (whole / path).read_bytes(), name
     assert losses(again) == losses(whole)
     assert records(again, "train")[-1]["grad_norm"] == records(whole, "train")[-1]["grad_norm"]
-    settings = json.loads(
-        (again / "checkpoints/checkpoint_000006/consolidated/training_config.json").read_text()
-    )
+    folder = again / "checkpoints/checkpoint_000006/consolidated"
+    settings = json.loads((folder / "training_config.json").read_text())
     assert settings["device"] == DEVICE.type
 
 
