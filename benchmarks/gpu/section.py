@@ -1,4 +1,4 @@
-"""One section in a process of its own, for `benchmarks.gpu`: `python -m benchmarks.gpu.section MODULE FILE`"""
+"""One section of `benchmarks.gpu` in a process of its own: `python -m benchmarks.gpu.section MODULE FILE`"""
 
 import importlib
 import logging
