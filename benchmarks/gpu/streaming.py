@@ -18,6 +18,7 @@ from benchmarks.gpu.clock import copy_bandwidth, interleaved, seconds, synchroni
 from benchmarks.gpu.results import Results
 from moshi_ttt.config import TTTConfig, ttt_layer_indices
 from moshi_ttt.integration import apply_ttt_to_model, temporal_attentions, ttt_layers
+from moshi_ttt.kernels.choice import forced_step
 from moshi_ttt.ttt_layer import TTTBase
 
 MINI_BATCH = 16
@@ -173,6 +174,17 @@ def run(results: Results) -> None:
     bandwidth = copy_bandwidth(device)
     base = moshi_7b(device)
     models = {"plain": with_short_windows(base), "8 heads": with_ttt(base, 8), "32 heads": with_ttt(base, 32)}
+    with forced_step("naive"):
+        naive = times({name: models[name] for name in ("plain", "8 heads")}, 1, 5)
+    results.add(
+        "streaming, 1 stream: extra time of TTT-MLP, 8 heads, in torch's operations",
+        max(1e-6, naive["8 heads"] - naive["plain"]),
+        0.1 * naive["plain"],
+        "10 % of Moshi's frame",
+        "ms",
+        None,
+        frame_ms=naive,
+    )
     report_extra(results, models, 1, bandwidth)
     over = over_time(models["8 heads"], 1)
     assert over["grown_bytes"] == 0, over

@@ -6,6 +6,8 @@ from device_under_test import DEVICE, ON_GPU, graphs
 from moshi.models.lm import LMGen
 from test_masks import CONSTANT
 
+from moshi_ttt.kernels.choice import forced_step
+
 FRAMES = 43
 SHORT = {"mini_batch_size": 4, "ttt_layer_context": 6, "non_ttt_layer_context": 9}
 SETTINGS = {
@@ -85,6 +87,16 @@ def assert_same(a: Stream, b: Stream, tolerance: float) -> None:
             assert (tensor.float() - other.float()).abs().max() <= tolerance * scale, name
         else:
             assert torch.equal(tensor, other), name
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_stream_in_fused_kernels_is_that_in_torchs_operations(build_there, stream, settings):
+    model = build_there(**(SHORT | settings))
+    user = user_codes(3)
+    own = stream(model, 3).run(user, captured=True, masked=True)
+    with forced_step("naive"):
+        naive = stream(model, 3).run(user, captured=True, masked=True)
+    assert_same(own, naive, 0.05 if settings.get("param_dtype") == "bfloat16" else 1e-4)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["together", "masks and resets"])
