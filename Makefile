@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export NO_TORCH_COMPILE := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-gpu lint bench clean
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
@@ -21,6 +21,10 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+# What needs a CUDA GPU; `make test` shows these tests as skipped where there is none.
+test-gpu: .venv/.installed
+	$(BIN)/python -m pytest tests/gpu
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

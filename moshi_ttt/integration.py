@@ -200,6 +200,7 @@ def live_settings(model: LMModel) -> dict[str, Any]:
             "learned_token_scale": ttt.token_scale_offset is not None,
             "rope": ttt.rope.tolist(),
             "scan_checkpoint_group_size": ttt.checkpoint_group_size,
+            "kernel": ttt.kernel,
             "gate": type(gate).__name__,
             "inner_dtype": str(ttt.ttt_norm_weight.dtype),
             "projection_dtype": str(ttt.wq.weight.dtype),

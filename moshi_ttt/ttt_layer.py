@@ -19,6 +19,7 @@ from moshi_ttt.float32 import Float32Module
 from moshi_ttt.inner_loop import PendingUpdates, fold_finished, inner_loop, inner_step, step_scale
 from moshi_ttt.inner_network import LAYER_NORM_EPS, InnerNorm, layer_norm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
+from moshi_ttt.kernels.choice import use_triton
 from moshi_ttt.projection import Projection
 from moshi_ttt.ttt_state import TTTState
 
@@ -321,6 +322,8 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
     @torch.no_grad()
     def _step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
         """One frame `[B, 1, C]` of every row's stream."""
+        if self.observer is None and use_triton(self.kernel, state.inner, self.mini_batch_size):
+            return self._fused_step(x, state)
         q, k, target, lr = self.project(x, state.position[:, None], state.norm)
         nets = self._nets(state.position)
         out = inner_step(q, k, target, lr, nets, state.inner, state.pending, state.norm, state.step_scale)
@@ -332,6 +335,15 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         state.position.add_(state.exec_mask)
         self._finish_mini_batches(state)
         return self._output(out, x.dtype)
+
+    def _fused_step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
+        """The same in GPU kernels made for it."""
+        from moshi_ttt.kernels.streaming_step import StepRules, fused_step  # Triton is not everywhere
+
+        lr = (self.learnable_ttt_lr_weight, self.learnable_ttt_lr_bias, self.base_lr / self.head_dim)
+        rules = StepRules(self.rope, *lr, self.normalize_target, self.bound(state.initial))
+        out = fused_step(self.wq(x), self.wk(x), self.wv(x), x, rules, state)
+        return self.wo(self.post_norm(out)).to(x.dtype)
 
     def _finish_mini_batches(self, state: TTTState) -> None:
         finished = state.position == self.mini_batch_size

@@ -83,7 +83,7 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
     """A server in this event loop. Settings are fields of ServeConfig; its groups are given as mappings."""
     groups = {"limits": LimitsConfig, "sessions": SessionsConfig}
     settings |= {name: kind(**settings.get(name, {})) for name, kind in groups.items()}
-    config = ServeConfig(str(checkpoint), device="cpu", **({"slots": 2, "memory_every": 1} | settings))
+    config = ServeConfig(str(checkpoint), **({"device": "cpu", "slots": 2, "memory_every": 1} | settings))
     check_config(config)
     server = build_server(config, access or Access(None))
     await server.engine.start()

@@ -16,16 +16,20 @@ from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.loading import load_mimi, load_tokenizer
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(private_cache, tmp_path_factory):
     return short_run(tmp_path_factory.mktemp("serve"))
 
 
-def alone(checkpoint: Path, samples: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+def alone(
+    checkpoint: Path, samples: np.ndarray, seed: int, device: torch.device = CPU
+) -> tuple[np.ndarray, str]:
     """What `open_stream` answers to samples: audio `[n]`, and text."""
-    loaded = load_checkpoint(checkpoint, torch.device("cpu"))
-    mimi = load_mimi(loaded.base, "cpu")
+    loaded = load_checkpoint(checkpoint, device)
+    mimi = load_mimi(loaded.base, device)
     pieces = TextPieces(load_tokenizer(loaded.base), (0, 3))
     with open_stream(loaded.model, mimi, Sampling(seed=seed)) as stream:
         frames = list(stream.hear(torch.from_numpy(samples)))

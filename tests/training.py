@@ -157,12 +157,14 @@ def write_prompt(path: Path, samples: int = 30001) -> Path:
 def start_python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """Start a new Python in the repository's folder, stderr in stdout.
 
-    It has one thread: tests share the cores with other processes.
+    It has one thread: tests share the cores with other processes. What is found on PYTHONPATH here is found
+    there too.
     """
+    paths = (environment.pop("PYTHONPATH", str(ROOT)), os.environ.get("PYTHONPATH", ""))
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(filter(None, paths))} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",

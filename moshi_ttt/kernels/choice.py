@@ -1,46 +1,71 @@
-"""Which implementation of the inner loop runs: the one place that decides."""
+"""Which implementation of the inner loop runs, in training and in streaming: the one place that decides."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from moshi_ttt.inner_weights import InnerWeights
 
 KERNELS = ("auto", "eager", "triton")
 _WIDTHS = (16, 32, 64, 128)
 _MOST_TOKENS = 64
+_forced: str | None = None
 
 
-def refusal(q: torch.Tensor, widths: list[int], mini_batch_size: int) -> str | None:
-    """Why the Triton kernels cannot run a problem; None if they can.
+def refusal(weights: InnerWeights, mini_batch_size: int) -> str | None:
+    """Why the Triton kernels cannot run an inner network; None if they can.
 
     Args:
-        q: queries `[N, T, D]`.
-        widths: of the inner network, from input to output.
+        weights: of the inner network.
         mini_batch_size: tokens of a mini-batch.
     """
-    if q.dtype != torch.float32:
-        return f"they work in float32, not {q.dtype}"
-    if len(widths) != 3:
-        return f"they are written for an inner MLP of two layers, not for {len(widths) - 1}"
-    if widths[0] not in _WIDTHS or widths[1] % max(64, widths[0]):
+    first = weights.weights[0]
+    if first.dtype != torch.float32:
+        return f"they work in float32, not {first.dtype}"
+    if len(weights.weights) != 2:
+        return f"they are written for an inner MLP of two layers, not for {len(weights.weights)}"
+    _, width, hidden = first.shape
+    if width not in _WIDTHS or hidden != 4 * width:
         return (
-            f"they need heads of {', '.join(map(str, _WIDTHS))} and a hidden width that 64 divides; "
-            f"got {widths[0]} and {widths[1]}"
+            f"they need heads of {', '.join(map(str, _WIDTHS))} and a hidden width of 4 times that; "
+            f"got {width} and {hidden}"
         )
     if mini_batch_size > _MOST_TOKENS:
         return f"they take mini-batches of at most {_MOST_TOKENS} tokens, not {mini_batch_size}"
     return None
 
 
-def chosen(asked: str, q: torch.Tensor, widths: list[int], mini_batch_size: int) -> str:
-    """`eager` or `triton`: what was asked for, or with `auto` the kernels on a CUDA device where they can run.
+def use_triton(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
+    """Whether the Triton kernels run: where they were asked for, or with `auto` on a CUDA device where they can.
 
     Raises:
-        ValueError: the kernels were asked for and cannot run this problem.
+        ValueError: the kernels were asked for and cannot run this.
     """
+    asked = _forced or asked
     assert asked in KERNELS, asked
-    if asked == "eager" or (asked == "auto" and q.device.type != "cuda"):
-        return "eager"
-    reason = refusal(q, widths, mini_batch_size)
-    if reason is None:
-        return "triton"
-    if asked == "triton":
-        raise ValueError(f"ttt.kernel=triton, but the Triton kernels cannot run this: {reason}; use ttt.kernel=auto")
-    return "eager"
+    if asked == "eager" or (asked == "auto" and weights.weights[0].device.type != "cuda"):
+        return False
+    reason = refusal(weights, mini_batch_size)
+    if reason is not None and asked == "triton":
+        raise ValueError(
+            f"ttt.kernel=triton, but the Triton kernels cannot run this: {reason}; use ttt.kernel=auto"
+        )
+    return reason is None
+
+
+@contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    """Use "eager" or "triton", whatever was asked for, wherever an inner loop is run or captured while this lasts.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _forced
+    if kernel not in KERNELS[1:]:
+        raise ValueError(f"an inner loop is eager or triton; got {kernel!r}")
+    before, _forced = _forced, kernel
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,35 @@
+"""Tests that need a GPU: `make test-gpu`. Without one each is skipped and says so."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from device_under_test import DEVICE, missing
+from moshi.models.lm import LMModel
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = missing()
+    if reason is not None:
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture
+def build_there(build: Callable[..., LMModel], perturb: Callable[..., LMModel]) -> Callable[..., LMModel]:
+    """Builds the tiny hybrid model of `build` on the device, its TTT parameters off their initial values."""
+
+    def build_there(**settings: Any) -> LMModel:
+        return perturb(build(**settings), "ttt", "gate").to(DEVICE)
+
+    return build_there
