@@ -48,7 +48,7 @@ def report_table(config: RecallConfig) -> str:
 
 def report_study(config: RecallConfig) -> str:
     """The same for the variants of a study."""
-    variants = [(variant.name, varied(config, variant)) for variant in chosen(config.study, config.variants)]
+    variants = [(variant.name, varied(config, variant)) for variant in chosen(config)]
     jobs = {name: jobs_of(other, speech_digest(Path(config.speech))) for name, other in variants}
     if config.mode == "train":
         run_missing([job for several in jobs.values() for job in several], config)

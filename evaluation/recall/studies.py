@@ -100,17 +100,23 @@ STUDIES = {
 }
 
 
-def chosen(study: str, names: list[str] | None) -> list[Variant]:
-    """Variants of a study: those that are named, in that order, or all.
+def chosen(config: RecallConfig) -> list[Variant]:
+    """Variants of the study that have any of the arms: those that are named, in that order, or all.
 
     Raises:
-        ValueError: the study has no variant of a name.
+        ValueError: the study has no variant of a name, or none with these arms.
     """
-    variants = {variant.name: variant for variant in STUDIES[study]()}
-    unknown = [name for name in names or [] if name not in variants]
+    variants = {variant.name: variant for variant in STUDIES[config.study]()}
+    unknown = [name for name in config.variants or [] if name not in variants]
     if unknown:
-        raise ValueError(f"study={study} has the variants {'; '.join(variants)}; got {'; '.join(unknown)}")
-    return [variants[name] for name in names or variants]
+        raise ValueError(
+            f"study={config.study} has the variants {'; '.join(variants)}; got {'; '.join(unknown)}"
+        )
+    named = [variants[name] for name in config.variants or variants]
+    found = [variant for variant in named if set(variant.arms) & set(config.arms)]
+    if not found:
+        raise ValueError(f"study={config.study} has no variant with the arms {', '.join(config.arms)}")
+    return found
 
 
 def varied(config: RecallConfig, variant: Variant) -> RecallConfig:
