@@ -88,8 +88,10 @@ def within(state: InnerWeights, bound: InnerBound | None) -> InnerWeights:
     """The weights, in the ball of `bound`: `state` itself where it is known to be inside."""
     if bound is None:
         return state
+    # Working on all costs a GPU more than the wait: some hundred operations in the backward pass.
+    ask = not (state.weights[0].is_cuda and torch.cuda.is_current_stream_capturing())
     layers = [
-        pulled_back(weight, bias, layer, bound, ask=weight.device.type == "cpu")
+        pulled_back(weight, bias, layer, bound, ask)
         for layer, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True))
     ]
     weights, biases = tuple(w for w, _ in layers), tuple(b for _, b in layers)

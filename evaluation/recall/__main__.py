@@ -1,6 +1,5 @@
 """`python -m evaluation.recall`: does the memory reach beyond the attention window?"""
 
-import hashlib
 import logging
 import sys
 from pathlib import Path
@@ -14,39 +13,45 @@ from configs.typed import typed_config
 from evaluation.recall.probe import run as run_probe
 from evaluation.recall.report import write_report
 from evaluation.recall.running import run_jobs, stored_results
-from evaluation.recall.settings import RecallConfig, jobs_of
-from evaluation.recall.speech import speech_codes
-from evaluation.recall.studies import STUDIES, varied
+from evaluation.recall.settings import Job, RecallConfig, jobs_of
+from evaluation.recall.speech import speech_codes, speech_digest
+from evaluation.recall.studies import chosen, varied
 from evaluation.recall.study_report import write_study
+from moshi_ttt.device import device_of_process
 
 ConfigStore.instance().store(name="recall_schema", node=RecallConfig)
 logger = logging.getLogger(__name__)
 
 
-def digest_of(codes: torch.Tensor) -> str:
-    """SHA-256 of codes, to know results of other speech from these."""
-    return hashlib.sha256(codes.contiguous().numpy().tobytes()).hexdigest()
+def run_missing(jobs: list[Job], config: RecallConfig) -> None:
+    """Run what is not stored, seed by seed, so that an early stop leaves whole comparisons."""
+    run_jobs(
+        sorted(jobs, key=lambda job: job.seed),
+        speech_codes(Path(config.speech), config.vocabulary.speech),
+        Path(config.store),
+        config.workers,
+        device_of_process(config.device, 0, torch.cuda.device_count()),
+        config.max_minutes,
+    )
 
 
-def report_table(config: RecallConfig, codes: torch.Tensor) -> str:
+def report_table(config: RecallConfig) -> str:
     """Run what is missing, if asked to, and write the comparison of the arms."""
-    jobs = jobs_of(config, digest_of(codes))
+    jobs = jobs_of(config, speech_digest(Path(config.speech)))
     if config.mode == "train":
-        run_jobs(jobs, codes, Path(config.store), config.workers)
+        run_missing(jobs, config)
     results = stored_results(jobs, Path(config.store))
     if not results:
         raise ValueError(f"no result of these settings is in {config.store}; run with mode=train first")
     return write_report(results, config)
 
 
-def report_study(config: RecallConfig, codes: torch.Tensor) -> str:
+def report_study(config: RecallConfig) -> str:
     """The same for the variants of a study."""
-    variants = [(variant.name, varied(config, variant)) for variant in STUDIES[config.study]()]
-    jobs = {name: jobs_of(other, digest_of(codes)) for name, other in variants}
+    variants = [(variant.name, varied(config, variant)) for variant in chosen(config)]
+    jobs = {name: jobs_of(other, speech_digest(Path(config.speech))) for name, other in variants}
     if config.mode == "train":
-        run_jobs(
-            [job for several in jobs.values() for job in several], codes, Path(config.store), config.workers
-        )
+        run_missing([job for several in jobs.values() for job in several], config)
     stored = {name: stored_results(several, Path(config.store)) for name, several in jobs.items()}
     asked = dict(variants)
     results = {
@@ -75,9 +80,8 @@ def main(config: DictConfig) -> None:
         assert typed.checkpoint is not None
         logger.info("%s", run_probe(typed.probe, typed.checkpoint, study_output(typed)))
     else:
-        codes = speech_codes(Path(typed.speech), typed.vocabulary.speech)
         report = report_table if typed.study == "table" else report_study
-        logger.info("%s", report(typed, codes))
+        logger.info("%s", report(typed))
     logger.info("wrote %s, .md and .png", study_output(typed))
 
 

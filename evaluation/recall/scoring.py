@@ -100,18 +100,22 @@ def _whole_pass(model: LMModel, codes: torch.Tensor, forget_at: int | None) -> t
         return text_predictions(model, codes)
     rows = max(1, _ROWS_X_FRAMES_SQUARED // codes.shape[-1] ** 2)
     with torch.no_grad(), forgetting_at(model, forget_at):
-        return torch.cat([model(part).text_logits[:, 0].argmax(-1) for part in codes.split(rows)])
+        parts = codes.to(model.device).split(rows)
+        return torch.cat([model(part).text_logits[:, 0].argmax(-1) for part in parts]).cpu()
 
 
 @torch.no_grad()
 def answer_stream(model: LMModel, user: torch.Tensor, forget_at: int | None = None) -> torch.Tensor:
     """What Moshi says to the user's codes `[B, 2, T]`, likeliest tokens, `[B, 3, T]`: text and two codebooks.
 
+    Both are on the CPU, wherever the model is.
+
     Args:
         forget_at: the inner state is put back to the learned weights before this step of the model.
     """
     lm_gen = LMGen(model, use_sampling=False)
-    frames, said = user.shape[-1], []
+    user, said = user.to(model.device), []
+    frames = user.shape[-1]
     with lm_gen.streaming(user.shape[0]):
         for step in range(frames + lm_gen.max_delay):
             if step == forget_at:
@@ -121,4 +125,4 @@ def answer_stream(model: LMModel, user: torch.Tensor, forget_at: int | None = No
             tokens = lm_gen.step(user[:, :, frame : frame + 1])
             if tokens is not None:
                 said.append(tokens)
-    return torch.cat(said, dim=-1)
+    return torch.cat(said, dim=-1).cpu()

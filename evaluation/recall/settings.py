@@ -28,17 +28,27 @@ class RecallConfig:
     """mode=probe: a run, a step or a consolidated folder."""
 
     study: str = "table"
-    """table: the arms. ablation: one setting of the TTT layers changed at a time. capacity: how many pairs
-    fit. What the studies vary is in evaluation/recall/studies.py."""
+    """table: the arms. ablation: one setting of the TTT layers changed at a time. width: wider Moshis, with
+    the benchmark's settings and the layer's defaults. capacity: how many pairs fit. leak: what the non-causal
+    update gains in training. What the studies vary is in evaluation/recall/studies.py."""
 
     arms: list[str] = field(default_factory=lambda: list(ARMS))
-    """Which memories to compare; see evaluation/recall/arms.py."""
+    """Which memories to compare, of those that a study has; see evaluation/recall/arms.py."""
 
     seeds: int = 5
     """Repetitions: initial weights and episodes are drawn from 0 ... seeds - 1."""
 
     workers: int = 2
     """Jobs side by side, one CPU thread each."""
+
+    device: str = "cpu"
+    """cpu or cuda. The models are so small that a GPU pays off with several workers on it."""
+
+    max_minutes: float | None = None
+    """Stop after these: jobs that are not done by then are not stored. None: run them all."""
+
+    variants: list[str] | None = None
+    """Variants of a study, by name, in the order they are to be run. None: all."""
 
     speech: str = "sample_data/audio"
     """Folder of recordings; the tiny Mimi's codes of them are the distractors."""
@@ -74,8 +84,14 @@ class RecallConfig:
                 f"mode={self.mode} and checkpoint={self.checkpoint or 'null'}"
             )
         self.probe.validate()
-        if self.study not in ("table", "ablation", "capacity"):
-            raise ValueError(f"study must be table, ablation or capacity; got {self.study!r}")
+        if self.study not in ("table", "ablation", "width", "capacity", "leak"):
+            raise ValueError(f"study must be table, ablation, width, capacity or leak; got {self.study!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda; got {self.device!r}")
+        if self.variants is not None and self.study == "table":
+            raise ValueError(f"the table has no variants; got variants={self.variants}: name arms instead")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes must be above 0, or null; got {self.max_minutes}")
         if self.seeds < 1 or self.workers < 1:
             raise ValueError(f"seeds and workers must be at least 1; got {self.seeds} and {self.workers}")
         most = max(self.training.max_pairs, self.scoring.pairs, *self.scoring.capacity_pairs)
@@ -128,7 +144,7 @@ def _differences(arm: Arm) -> dict[str, Any]:
 
 
 def jobs_of(config: RecallConfig, speech_sha256: str) -> list[Job]:
-    """All jobs, seed by seed, so that an early stop leaves whole comparisons."""
+    """All jobs, seed by seed."""
     trained = dict.fromkeys(ARMS[arm].trained_as or arm for arm in config.arms)
     return [
         Job(

@@ -1,5 +1,6 @@
 """Real speech as codes, for the frames in which nothing is told or asked."""
 
+import hashlib
 from pathlib import Path
 
 import soundfile
@@ -12,6 +13,25 @@ CODEBOOKS = 2
 _FORMATS = {".wav", ".flac", ".ogg", ".mp3"}
 
 
+def _recordings(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _FORMATS)
+    if not paths:
+        raise ValueError(f"speech={folder} holds no recording ({', '.join(sorted(_FORMATS))})")
+    return paths
+
+
+def speech_digest(folder: Path) -> str:
+    """SHA-256 of a folder's recordings, to know results of other speech from these.
+
+    Not of the codes: which of two codes that are as near is taken depends on the machine and its number of
+    threads, for about one code in a thousand.
+    """
+    digest = hashlib.sha256()
+    for path in _recordings(folder):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def speech_codes(folder: Path, card: int) -> torch.Tensor:
     """The tiny Mimi's first codebooks of all recordings of a folder, one channel after the other, `[2, N]`.
@@ -19,9 +39,7 @@ def speech_codes(folder: Path, card: int) -> torch.Tensor:
     Raises:
         ValueError: the folder holds no recording, or the codes do not fit the vocabulary.
     """
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _FORMATS)
-    if not paths:
-        raise ValueError(f"speech={folder} holds no recording ({', '.join(sorted(_FORMATS))})")
+    paths = _recordings(folder)
     mimi = load_mimi(find_base(ModelConfig(source="tiny")), torch.device("cpu"))
     if mimi.cardinality > card:
         raise ValueError(

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from evaluation.recall.settings import RecallConfig
+from moshi_ttt.config import TTTConfig
 
 _CAPACITY_PAIRS = [1, 2, 4, 8, 12, 16, 24, 32]
+_AT_TWO_DISTANCES = {"scoring.distances": [10.0, 50.0]}
 
 
 @dataclass
@@ -25,52 +27,102 @@ class Variant:
 
 
 def _one_at_a_time() -> list[Variant]:
-    """The defaults of the TTT layers, and each setting that could stand in the way, changed alone."""
+    """The benchmark's settings of the TTT layers, and each that could stand in the way, changed alone."""
     changes: list[dict[str, Any]] = [
-        *({"base_lr": value} for value in (0.1, 1.0, 32.0)),
-        *({"mini_batch_size": value} for value in (4, 16, 32, 64)),
-        *({"gate_init": value} for value in (0.01, 0.1)),
         {"inner_init": "published"},
+        *({"base_lr": value} for value in (0.1, 1.0, 32.0)),
+        *({"gate_init": value} for value in (0.01, 0.1)),
+        *({"mini_batch_size": value} for value in (16, 32, 64)),
         {"normalize_target": False},
         {"rope_theta": 1e30},
+        {"num_heads": 1, "head_dim": 128},
+        {"num_heads": 1, "head_dim": 64},
+        {"num_heads": 4, "head_dim": 16},
         {"learned_token_scale": True},
         {"max_inner_change": None},
-        {"num_heads": 4, "head_dim": 16},
-        {"num_heads": 1, "head_dim": 64},
-        {"num_heads": 1, "head_dim": 128},
     ]
     variants = [Variant("as in the table")]
     for change in changes:
         name = ", ".join(f"{key} {value}" for key, value in change.items())
-        variants.append(Variant(name, {f"ttt.{key}": value for key, value in change.items()}))
+        overrides = {f"ttt.{key}": value for key, value in change.items()}
+        variant = Variant(name, _AT_TWO_DISTANCES | overrides)
+        if "inner_init" in change:
+            variant.arms = ("ttt_mlp",)  # TTT-Linear starts the same either way
+        variants.append(variant)
     return variants
 
 
-def _widths() -> list[Variant]:
+def _model_widths() -> list[Variant]:
+    """Moshis of three widths, their two TTT heads up to 128 wide; and the defaults of the layer in them."""
+    defaults = {
+        f"ttt.{key}": getattr(TTTConfig(), key) for key in ("mini_batch_size", "base_lr", "gate_init")
+    }
+    variants = []
+    for dim in (64, 128, 256):
+        width = {} if dim == 64 else _AT_TWO_DISTANCES | {"size.dim": dim}
+        variants += [
+            Variant(f"dim {dim}", width),
+            Variant(f"dim {dim}, the layer's defaults", _AT_TWO_DISTANCES | width | defaults),
+        ]
+    return variants
+
+
+def _inner_widths() -> list[Variant]:
     """Memories of three widths, taught and asked up to as many pairs as there are keys."""
     asked = {
         "training.max_pairs": _CAPACITY_PAIRS[-1],
         "training.questions": 8,
+        "training.max_steps": 3000,
+        "training.cooldown_steps": 600,
+        "training.learned": 0.97,
+        "training.give_up_steps": 1500,
         "scoring.distances": [10.0],
         "scoring.capacity_pairs": _CAPACITY_PAIRS,
     }
-    arms = ("ttt_linear", "ttt_mlp", "ttt_mlp_3")
+    arms = ("ttt_mlp", "ttt_mlp_3", "ttt_linear")
     return [
         Variant(f"heads of {width}", asked | {"ttt.head_dim": width, "ttt.num_heads": 2}, arms)
-        for width in (16, 32, 64)
+        for width in (64, 32, 16)
     ]
+
+
+def _leak() -> list[Variant]:
+    """A causal and a non-causal memory after the same few steps of training."""
+    few = {"training.max_steps": 600, "training.cooldown_steps": 100}
+    return [Variant("600 steps", _AT_TWO_DISTANCES | few, ("ttt_mlp", "non_causal"))]
 
 
 STUDIES = {
     "ablation": _one_at_a_time,
-    "capacity": _widths,
+    "width": _model_widths,
+    "capacity": _inner_widths,
+    "leak": _leak,
 }
+
+
+def chosen(config: RecallConfig) -> list[Variant]:
+    """Variants of the study that have any of the arms: those that are named, in that order, or all.
+
+    Raises:
+        ValueError: the study has no variant of a name, or none with these arms.
+    """
+    variants = {variant.name: variant for variant in STUDIES[config.study]()}
+    unknown = [name for name in config.variants or [] if name not in variants]
+    if unknown:
+        raise ValueError(
+            f"study={config.study} has the variants {'; '.join(variants)}; got {'; '.join(unknown)}"
+        )
+    named = [variants[name] for name in config.variants or variants]
+    found = [variant for variant in named if set(variant.arms) & set(config.arms)]
+    if not found:
+        raise ValueError(f"study={config.study} has no variant with the arms {', '.join(config.arms)}")
+    return found
 
 
 def varied(config: RecallConfig, variant: Variant) -> RecallConfig:
     """`config` with a variant's settings."""
     other = deepcopy(config)
-    other.arms = list(variant.arms)
+    other.arms = [arm for arm in variant.arms if arm in config.arms]
     for key, value in variant.overrides.items():
         group, name = key.split(".")
         settings = getattr(other, group)

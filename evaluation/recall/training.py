@@ -63,18 +63,18 @@ class Learned:
 
 @torch.no_grad()
 def text_predictions(model: LMModel, codes: torch.Tensor, rows: int = 64) -> torch.Tensor:
-    """Likeliest text token of every frame, `[B, T]`, in passes over at most `rows` rows.
+    """Likeliest text token of every frame, `[B, T]` on the CPU, in passes over at most `rows` rows.
 
     A pass carries its state from chunk to chunk: the attention scores of a whole episode in one piece take
     memory and time with the square of its length.
     """
     predictions = []
-    for part in codes.split(rows):
+    for part in codes.to(model.device).split(rows):
         carried, tokens = None, []
         for chunk in _chunks(model, part, _CHUNK_FRAMES):
             output, carried = forward_chunk(model, chunk, carried)
             tokens.append(output.text_logits[:, 0].argmax(-1))
-        predictions.append(torch.cat(tokens, dim=1))
+        predictions.append(torch.cat(tokens, dim=1).cpu())
     return torch.cat(predictions)[:, : codes.shape[-1]]
 
 
@@ -159,13 +159,14 @@ def _train_step(
     chunk_frames: int | None,
     carry: bool,
 ) -> float:
-    targets = weighted_targets(model, episodes.codes, _WEIGHTS)
+    codes = episodes.codes.to(model.device)
+    targets = weighted_targets(model, codes, _WEIGHTS)
     optimizer.zero_grad()
     if chunk_frames is None:
-        means = loss_sums(model(episodes.codes), targets) / targets.totals().float()
+        means = loss_sums(model(codes), targets) / targets.totals().float()
         means.sum().backward()
     else:
-        means = _backward_in_chunks(model, episodes.codes, targets.totals().float(), chunk_frames, carry)
+        means = _backward_in_chunks(model, codes, targets.totals().float(), chunk_frames, carry)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.isfinite(norm):
         raise RuntimeError("the gradient became NaN or infinite; lower learning_rate or ttt.base_lr")
@@ -177,7 +178,7 @@ def _backward_in_chunks(
     model: LMModel, codes: torch.Tensor, totals: torch.Tensor, chunk_frames: int, carry: bool
 ) -> torch.Tensor:
     """Gradients of the mean losses `[2]` over an episode, cut at the edges of chunks; returns the losses."""
-    means = torch.zeros(2)
+    means = torch.zeros(2, device=codes.device)
     carried = None
     for chunk in _chunks(model, codes, chunk_frames):
         carried = carried if carry and carried is not None else fresh_state(model, codes.shape[0])
