@@ -163,8 +163,7 @@ def levers(arm: Arm) -> Iterator[None]:
 
     mask: AbstractContextManager[None] = nullcontext() if arm.attention else forced_kernel("mask")
     linear = nullcontext() if arm.lora else patch.object(moshi_ttt.temporal, "linear", call)
-    gated = nullcontext() if arm.lora else patch.object(moshi_ttt.temporal, "gated", call)
-    with mask, linear, gated:
+    with mask, linear:
         yield
 
 
