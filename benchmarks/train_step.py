@@ -163,8 +163,7 @@ def levers(arm: Arm) -> Iterator[None]:
 
     mask: AbstractContextManager[None] = nullcontext() if arm.attention else forced_kernel("mask")
     linear = nullcontext() if arm.lora else patch.object(moshi_ttt.temporal, "linear", call)
-    gated = nullcontext() if arm.lora else patch.object(moshi_ttt.temporal, "gated", call)
-    with mask, linear, gated:
+    with mask, linear:
         yield
 
 
@@ -267,7 +266,7 @@ def run_arm(model: LMModel, setting: Setting, arm: Arm, steps: int, checkout: Pa
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     step = plain_step(model, codes, checkout) if arm.plain else our_step(model, codes, arm)
-    times, loss = [], torch.tensor(float("nan"))
+    times, loss = [], torch.zeros(())
     with levers(arm):
         for _ in range(steps):
             started = time.perf_counter()
@@ -277,7 +276,7 @@ def run_arm(model: LMModel, setting: Setting, arm: Arm, steps: int, checkout: Pa
             times.append(time.perf_counter() - started)
     value = float(loss)
     model.zero_grad()
-    del step, loss
+    del step
     gc.collect()
     frames = setting.clips * setting.frames
     seconds = statistics.median(times[1:] or times)
@@ -345,9 +344,8 @@ def entries(found: list[Measured], setting: Setting) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
 
     def add(name: str, value: float, against: float, goal: float, of: str) -> None:
-        device, unit = ours.device, "tokens/s"
-        values = {"name": name, "ratio": value / against, "goal": goal, "unit": unit, "ours": value}
-        made.append(values | {"against": against, "against_what": of, "device": device})
+        values = {"name": name, "ratio": value / against, "goal": goal, "unit": "tokens/s", "ours": value}
+        made.append(values | {"against": against, "against_what": of, "device": ours.device})
 
     if "plain Moshi" in by_name:
         add("train step", ours.tokens_per_s, by_name["plain Moshi"].tokens_per_s, 1.0 if gpu else 2.0, what)

@@ -216,7 +216,8 @@ class TrainConfig:
 
     checkpoint_layers: int | None = None
     """With gradient_checkpointing: how many layers of the temporal transformer, from the first on, recompute
-    their activations; the others keep them. As few as fit in memory are fastest. None is all."""
+    all of their activations; the others keep the results of their products and recompute norms and gates. As
+    few as fit in memory are fastest. None is all."""
 
     compile: str = "auto"
     """true: norms, rotations and gates are compiled to single kernels, in the first step. false: they are

@@ -12,7 +12,8 @@ from moshi.modules.transformer import StreamingMultiheadAttention, StreamingTran
 from torch import nn
 from torch.nn import functional as F
 
-from moshi_ttt.linear import gate, gated, linear_per_step
+from moshi_ttt.linear import linear, linear_per_step
+from moshi_ttt.pointwise import gate, norm
 
 
 def depformer_modules(model: LMModel) -> list[nn.Module]:
@@ -49,9 +50,8 @@ def depformer_logits(model: LMModel, codes: torch.Tensor, hidden: torch.Tensor) 
     for layer in model.depformer.layers:
         assert isinstance(layer, StreamingTransformerLayer)
         x = _layer(layer, x)
-    normed = [norm(x[k : k + 1]) for k, norm in enumerate(model.depformer_norms)]
     if not isinstance(model.depformer_norms[0], nn.Identity):
-        x = torch.cat(normed)
+        x = torch.cat([norm(module, x[k : k + 1]) for k, module in enumerate(model.depformer_norms)])
     return linear_per_step(model.linears, None, x)
 
 
@@ -59,9 +59,9 @@ def _layer(layer: StreamingTransformerLayer, x: torch.Tensor) -> torch.Tensor:
     """A layer of the depformer, `[K, N, C]` to `[K, N, C]`."""
     assert layer.cross_attention is None
     assert not layer.skip_self_attn
-    update = layer.layer_scale_1(_attend(layer.self_attn, layer.norm1(x)))
+    update = layer.layer_scale_1(_attend(layer.self_attn, norm(layer.norm1, x)))
     x = x.to(update) + update
-    normed = layer.norm2(x)
+    normed = norm(layer.norm2, x)
     if isinstance(layer.gating, nn.ModuleList):
         schedule = layer.weights_per_step_schedule
         linear_in, linear_out = (
@@ -73,7 +73,8 @@ def _layer(layer: StreamingTransformerLayer, x: torch.Tensor) -> torch.Tensor:
         )
     else:
         assert isinstance(layer.gating, ActivationGating), "Moshi's depformer is gated"
-        update = gated(layer.gating, normed)
+        hidden = gate(linear(layer.gating.linear_in, normed), layer.gating.activation)
+        update = linear(layer.gating.linear_out, hidden)
     return x.to(update) + layer.layer_scale_2(update)
 
 

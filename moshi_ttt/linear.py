@@ -6,9 +6,7 @@ A layer whose parameters are split over processes is called as the module it is:
 from collections.abc import Sequence
 
 import torch
-from moshi.modules.gating import ActivationGating
 from moshi.modules.lora import LoRALinear
-from moshi.utils.compile import torch_compile_lazy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -25,20 +23,6 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
     update = F.linear(F.linear(flat, module.lora_A.weight) * module.scaling, module.lora_B.weight)
     return update.addmm_(flat, module.frozen_W.weight.t()).view(*x.shape[:-1], -1)
-
-
-def gated(module: ActivationGating, x: torch.Tensor) -> torch.Tensor:
-    """`module(x)` of a gated feed-forward block, `[..., C]` to `[..., C]`."""
-    if isinstance(module, FSDPModule):
-        return module(x)
-    return linear(module.linear_out, gate(linear(module.linear_in, x), module.activation))
-
-
-@torch_compile_lazy
-def gate(x: torch.Tensor, activation) -> torch.Tensor:
-    """The first half of the channels, activated, times the second."""
-    left, right = x.chunk(2, dim=-1)
-    return activation(left) * right
 
 
 def linear_per_step(

@@ -4,21 +4,25 @@ The modules are Moshi's and ours; only how they are run is written here. What ru
 forward pass.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
 from moshi.modules.gating import ActivationGating
-from moshi.modules.transformer import StreamingMultiheadAttention, StreamingTransformerLayer
+from moshi.modules.transformer import StreamingTransformerLayer
 from moshi.utils.compile import no_compile
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt.attention import windowed_attention
 from moshi_ttt.hybrid_layer import HybridStreamingTransformerLayer
 from moshi_ttt.inner_weights import InnerWeights
-from moshi_ttt.linear import gated, linear
+from moshi_ttt.linear import linear
+from moshi_ttt.pointwise import gate, norm
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,10 @@ class Running:
     """How layers are run. The values are the same up to rounding.
 
     Args:
-        recomputed: where activation checkpointing is on, how many layers from the first one on recompute
-            their activations; None: all. The others keep them: those of the last layers are the first to go
-            in the backward pass, before anything is recomputed beside them.
+        recomputed: where activation checkpointing is on, how many layers from the first one on recompute all
+            of their activations; None: all layers. The others keep the results of their products, and
+            recompute norms and gates. They are the last: their activations are the first to go in the
+            backward pass, before anything is recomputed beside them.
         compiled: whether norms, rotations and gates are compiled; None: on a GPU.
     """
 
@@ -94,15 +99,19 @@ def _temporal(
         recomputed = len(carried) if running.recomputed is None else running.recomputed
     after = []
     for index, (layer, before) in enumerate(zip(model.transformer.layers, carried, strict=True)):
-        arguments = (layer, x, before, position, running)
         if index < recomputed:
-            result = checkpoint(_layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            result = _recomputed(_layer, layer, x, before, position, running, False)
         else:
-            result = _layer(*arguments)
-        x, left = result  # type: ignore[misc]
+            result = _layer(layer, x, before, position, running, recomputed > 0)
+        x, left = result
         after.append(left)
     with running.compiling(x.device):
         return model.out_norm(x.to(dtype)), after
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, run again in the backward pass as far as that needs it."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _embed(model: LMModel, sequence: torch.Tensor) -> torch.Tensor:
@@ -119,16 +128,22 @@ def _layer(
     carried: CarriedLayer | None,
     position: torch.Tensor | None,
     running: Running,
+    lean: bool,
 ) -> tuple[torch.Tensor, CarriedLayer | None]:
-    """A temporal layer's forward `[B, T, C]` with its state as input and output; the same at every call."""
+    """A temporal layer's forward `[B, T, C]` with its state as input and output; the same at every call.
+
+    Args:
+        lean: keep neither norms nor gates for the backward pass.
+    """
     hybrid = isinstance(layer, HybridStreamingTransformerLayer)
     original = layer.original_layer if hybrid else layer
     assert isinstance(original, StreamingTransformerLayer)
     assert original.cross_attention is None
     assert not original.skip_self_attn
     inner = None
+    part = _recomputed if lean else _once
     with running.compiling(x.device):
-        update, keys, values = _attend(original.self_attn, original.norm1(x), carried, position)
+        update, keys, values = _attend(original, x, carried, position, part)
         update = original.layer_scale_1(update)
         if not hybrid:
             x = x.to(update) + update
@@ -140,27 +155,42 @@ def _layer(
             block = layer.seq_modeling_block
             x, inner = block.forward_from(x.to(update), update, carried.inner, position == 0)
             inner = inner.detach()
-        x = _feed_forward(original, x)
+        x = _feed_forward(original, x, part)
     if carried is None:
         return x, None
     return x, CarriedLayer(_kept(keys, x.shape[1]), _kept(values, x.shape[1]), inner)
 
 
+def _once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _normed_linear(before: nn.Module, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return linear(module, norm(before, x))
+
+
+def _gated_linear(gating: ActivationGating, x: torch.Tensor) -> torch.Tensor:
+    return linear(gating.linear_out, gate(x, gating.activation))
+
+
 def _attend(
-    attention: StreamingMultiheadAttention,
+    layer: StreamingTransformerLayer,
     x: torch.Tensor,
     carried: CarriedLayer | None,
     position: torch.Tensor | None,
+    part: Callable[..., Any] = _once,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Self-attention of `[B, T, C]` over its frames and the carried keys, within `context`.
+    """Self-attention of the normed `[B, T, C]` over its frames and the carried keys, within `context`.
 
     Returns:
         The output `[B, T, C]`, and all keys and values, `[B, S, H, D]`.
     """
+    attention = layer.self_attn
     assert attention.causal
     assert attention.kv_repeat == len(attention.in_projs) == 1
     rows, length, _ = x.shape
-    projected = linear(attention.in_projs[0], x).view(rows, length, 3, attention.num_heads, -1)
+    projected = part(_normed_linear, layer.norm1, attention.in_projs[0], x)
+    projected = projected.view(rows, length, 3, attention.num_heads, -1)
     q, k, v = projected.unbind(2)
     if attention.rope is not None:
         offset = torch.zeros(rows, device=x.device, dtype=torch.long) if position is None else position
@@ -182,7 +212,13 @@ def _kept(frames: torch.Tensor, length: int) -> torch.Tensor:
     return frames[:, length:].transpose(1, 2).detach().clone(memory_format=torch.contiguous_format)
 
 
-def _feed_forward(layer: StreamingTransformerLayer, x: torch.Tensor) -> torch.Tensor:
-    assert isinstance(layer.gating, ActivationGating), "Moshi's temporal layers are gated"
-    update = gated(layer.gating, layer.norm2(x))
+def _feed_forward(
+    layer: StreamingTransformerLayer, x: torch.Tensor, part: Callable[..., Any]
+) -> torch.Tensor:
+    gating = layer.gating
+    assert isinstance(gating, ActivationGating), "Moshi's temporal layers are gated"
+    if isinstance(gating, FSDPModule):
+        update = gating(norm(layer.norm2, x))
+    else:
+        update = part(_gated_linear, gating, part(_normed_linear, layer.norm2, gating.linear_in, x))
     return x.to(update) + layer.layer_scale_2(update)

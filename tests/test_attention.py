@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moshi_ttt.attention import forced_kernel, kernel_for, windowed_attention
 from moshi_ttt.carried import forward_chunk
-from moshi_ttt.integration import set_attention_context, temporal_attentions
+from moshi_ttt.integration import set_attention_context
 from moshi_ttt.temporal import Running, _attend, temporal_clips
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -67,12 +67,14 @@ def test_a_frame_sees_its_window_and_nothing_else(rows):
 def test_a_plain_layers_attention_is_moshis(build, random_codes, context):
     model = build()
     set_attention_context(model, context or 250, context or 250)
-    attention = next(attention for _, _, attention in temporal_attentions(model))
+    layer = model.transformer.layers[0]
+    attention = layer.self_attn
     attention.context = context
     x = torch.randn(2, LENGTH, model.dim, requires_grad=True)
     weight = torch.randn_like(x)
-    expected = attention(x, x, x)
-    found, _, _ = _attend(attention, x, None, None)
+    normed = layer.norm1(x)
+    expected = attention(normed, normed, normed)
+    found, _, _ = _attend(layer, x, None, None)
     assert_same([found], [expected], tolerance=1e-5)
     gradients = [
         torch.autograd.grad((out * weight).sum(), [x, *attention.parameters()]) for out in (found, expected)

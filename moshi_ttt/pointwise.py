@@ -1,0 +1,121 @@
+"""Norms and gates of training: each a single kernel where compiled, and nothing kept for it but its input.
+
+Written out, Moshi's norm keeps three float32 copies of its input for the backward pass, and its gate a second
+activation. Here the gradients are written by hand and computed from the input alone.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+from moshi.modules.transformer import RMSNorm
+from moshi.utils import compile as moshi_compile
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+
+
+def compiled_lazily(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """As Moshi's `torch_compile_lazy`, with its switches, but a kernel for each shape.
+
+    Moshi's takes the second shape that comes for a sign that all sizes vary, widths too.
+    """
+    if os.environ.get("NO_TORCH_COMPILE"):
+        return function
+    compiled: list[Callable[..., torch.Tensor]] = []
+
+    @wraps(function)
+    def call(*args: Any) -> torch.Tensor:
+        if moshi_compile._compile_disabled:
+            return function(*args)
+        if not compiled:
+            compiled.append(torch.compile(function, dynamic=False))
+        return compiled[0](*args)
+
+    return call
+
+
+def norm(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)` of one of Moshi's norms, `[A, B, C]` to `[A, B, C]`."""
+    if not isinstance(module, RMSNorm) or module.dtype != torch.float32 or isinstance(module, FSDPModule):
+        return module(x)
+    return _RMSNorm.apply(x, module.alpha, module.eps)  # type: ignore[no-any-return]
+
+
+def gate(x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The first half of the channels, activated, times the second."""
+    if activation is F.silu:
+        return _SiLUGate.apply(x)  # type: ignore[no-any-return]
+    left, right = x.chunk(2, dim=-1)
+    return activation(left) * right
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, alpha, eps):
+        ctx.save_for_backward(x, alpha)
+        ctx.eps, ctx.compiled = eps, not moshi_compile._compile_disabled
+        return _norm(x, alpha, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, alpha = ctx.saved_tensors
+        wants_x, wants_alpha, _ = ctx.needs_input_grad
+        with _switch(ctx.compiled):
+            x_grad = _norm_backward(x, alpha, grad, ctx.eps) if wants_x else None
+        alpha_grad = None
+        if wants_alpha:
+            wide = x.float()
+            scale = torch.rsqrt(ctx.eps + wide.square().mean(-1, keepdim=True))
+            alpha_grad = (grad * (wide * scale)).sum((0, 1), keepdim=True).to(alpha.dtype)
+        return x_grad, alpha_grad, None
+
+
+class _SiLUGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.compiled = not moshi_compile._compile_disabled
+        return _silu_gate(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with _switch(ctx.compiled):
+            return _silu_gate_backward(*ctx.saved_tensors, grad)
+
+
+def _switch(compiled: bool) -> AbstractContextManager[None]:
+    """In the backward pass nothing is compiled where the forward pass did not."""
+    return nullcontext() if compiled else moshi_compile.no_compile()
+
+
+@compiled_lazily
+def _norm(x: torch.Tensor, alpha: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    mean = eps + torch.mean(wide**2, dim=-1, keepdim=True)
+    return (wide * (alpha.float() * torch.rsqrt(mean))).to(x.dtype)
+
+
+@compiled_lazily
+def _norm_backward(x: torch.Tensor, alpha: torch.Tensor, grad: torch.Tensor, eps: float) -> torch.Tensor:
+    wide, scaled = x.float(), grad.float() * alpha.float()
+    inverse = torch.rsqrt(eps + torch.mean(wide**2, dim=-1, keepdim=True))
+    along = torch.mean(scaled * wide, dim=-1, keepdim=True)
+    return (inverse * (scaled - wide * (inverse**2 * along))).to(x.dtype)
+
+
+@compiled_lazily
+def _silu_gate(x: torch.Tensor) -> torch.Tensor:
+    left, right = x.chunk(2, dim=-1)
+    return F.silu(left) * right
+
+
+@compiled_lazily
+def _silu_gate_backward(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    left, right = x.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(left.float())
+    slope = sigmoid * (1 + left * (1 - sigmoid))
+    return torch.cat(((grad * right * slope).to(x.dtype), (grad * (left * sigmoid)).to(x.dtype)), dim=-1)
