@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from moshi.modules.transformer import _rms_norm
 
 from moshi_ttt.kernels.choice import forced
+from moshi_ttt.kernels.residual import gated_sum, normed_sum
 
 SETTINGS = {
     "bound that acts": {"max_inner_change": 0.05, "mini_batch_size": 3, "learned_token_scale": True},
@@ -70,3 +72,35 @@ def test_a_broken_state_stays_to_be_seen(ttt_layer):
         weights = layer.ttt._streaming_state.inner.weights[1]
         assert weights[1].isnan().any()
         assert weights[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_a_model_that_streams_in_kernels_is_the_one_in_torchs_operations(build, perturb, random_codes, dtype):
+    model = perturb(build(param_dtype=dtype, ttt_layer_context=6, layers="1,2"), "ttt", "gate")
+    logits = {}
+    for kernel in ("eager", "triton"):
+        torch.manual_seed(1)
+        with model.streaming(2), forced(kernel):
+            logits[kernel] = torch.cat([model.forward_text(random_codes(2, 1))[1] for _ in range(6)], dim=2)
+    difference = (logits["triton"] - logits["eager"]).abs().max()
+    assert difference <= (1e-5 if dtype == "float32" else 0.1)
+    assert logits["eager"].abs().max() > 1
+
+
+# Triton's interpreter does not round to bfloat16 as a GPU does (tests/gpu).
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 0.05)])
+@torch.no_grad()
+def test_the_sums_around_a_layer_are_those_of_the_modules(dtype, near):
+    x, update, out = torch.randn(3, 2, 1, 48).to(dtype)
+    alpha, weight = torch.randn(48), torch.rand(1, 1, 48).to(dtype)
+    sums = gated_sum(x, update, out, alpha), normed_sum(x, update, weight, 1e-8)
+    expected = (
+        x + update + torch.tanh(alpha).to(dtype) * out,
+        _rms_norm(x + update, weight, torch.float, 1e-8),
+    )
+    for found, wanted in zip(sums, expected, strict=True):
+        assert found.dtype == dtype
+        assert (found - wanted).abs().max() <= near
+    if dtype == torch.float32:  # a closed gate leaves the stream as it is
+        assert torch.equal(gated_sum(x, update, out, torch.zeros(48)), x + update)

@@ -62,12 +62,10 @@ def fused_step(
     (w1, w2), (b1, b2) = state.inner.weights, state.inner.biases
     pending, center = state.pending, state.initial
     nets, slots, width = pending.inputs[0].shape
-    hidden = w1.shape[2]
-    heads = nets // state.batch_size
+    hidden, columns, heads = w1.shape[2], x.shape[-1], nets // state.batch_size
     # Small blocks where there are few nets, so that they cover the GPU.
     block = min(hidden, 64 if nets * hidden >= 64 * 128 else 32)
     splits, padded = hidden // block, triton.next_power_of_2(slots)
-    radii = (0.0, 0.0) if rules.bound is None else rules.bound.radii
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -84,8 +82,7 @@ def fused_step(
         *(state.norm.weight, state.norm.bias, state.position, w1, b1, w2),
         *(pending.inputs[0], pending.inputs[1], pending.lr, places, query, target, z1, sums),
         **sizes,
-        C=x.shape[-1],
-        BLOCK_C=min(1024, triton.next_power_of_2(x.shape[-1])),
+        **{"C": columns, "BLOCK_C": min(1024, triton.next_power_of_2(columns))},
         NORMALIZE=rules.normalize_target,
     )
     kernels.answers[(nets, splits)](
@@ -104,7 +101,8 @@ def fused_step(
     )
     if rules.bound is not None:
         kernels.pull[(nets, splits)](
-            *(places, state.exec_mask, w1, b1, w2, b2, *center.weights, *center.biases, squares, *radii),
+            *(places, state.exec_mask, w1, b1, w2, b2, *center.weights, *center.biases, squares),
+            *rules.bound.radii,
             **sizes,
         )
     return out

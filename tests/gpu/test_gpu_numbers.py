@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from device_under_test import DEVICE
+from device_under_test import DEVICE, ON_GPU
+from moshi.modules.transformer import _rms_norm
 from test_captured_graphs import SHORT
 
 from moshi_ttt.config import TTTConfig
@@ -13,6 +14,7 @@ from moshi_ttt.dual_form import Rules, Tokens, dual_form
 from moshi_ttt.inner_loop import inner_loop, step_scale
 from moshi_ttt.inner_network import InnerNorm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
+from moshi_ttt.kernels.residual import gated_sum, normed_sum
 from moshi_ttt.reference import reference_inner_loop
 from moshi_ttt.ttt_layer import TTTWrapper
 
@@ -226,6 +228,19 @@ def test_the_tiny_model_is_that_of_the_cpu(build_there, build, random_codes):
     model, codes = build_there(**SHORT), random_codes(2, 40)
     found = model.forward_text(codes.to(DEVICE))[1]
     assert (found.cpu() - model.cpu().forward_text(codes)[1]).abs().max() <= 1e-4
+
+
+@pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter rounds otherwise")
+@torch.no_grad()
+def test_the_sums_around_a_layer_are_rounded_as_those_of_the_modules():
+    x, update, out = torch.randn(3, 2, 1, 4096, device=DEVICE).bfloat16()
+    alpha, weight = torch.randn(4096, device=DEVICE), torch.rand(1, 1, 4096, device=DEVICE).bfloat16()
+    assert torch.equal(gated_sum(x, update, out, torch.zeros_like(alpha)), x + update)
+    expected = x + update + torch.tanh(alpha).bfloat16() * out
+    # The last bit of tanh may turn a rounding.
+    assert (gated_sum(x, update, out, alpha) != expected).float().mean() < 0.01
+    expected = _rms_norm(x + update, weight, torch.float, 1e-8)
+    assert (normed_sum(x, update, weight, 1e-8) != expected).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("ttt", [{}, {"ssm_layer": "ttt_linear"}, {"ttt_mlp_layers": 3}, {"head_dim": 128}])
