@@ -17,6 +17,7 @@ numbers are float32; a slot that the row has not filled is never read.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -66,10 +67,7 @@ def fused_step(
     # Small blocks where there are few nets, so that they cover the GPU.
     block = min(hidden, 64 if nets * hidden >= 64 * 128 else 32)
     splits, padded = hidden // block, triton.next_power_of_2(slots)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     places = empty(nets, dtype=torch.long)  # of the token; the state's are advanced while others still read
     query, target, z1 = empty(nets, width), empty(nets, width), empty(nets, hidden)
     sums, answers = empty(nets, splits, width), empty(nets, splits, width)
