@@ -1,4 +1,4 @@
-"""One frame of a streaming TTT-MLP on a GPU in four launches, where torch's operations need some seventy.
+"""One frame of a streaming TTT-MLP on a GPU in four launches, where torch's operations need over a hundred.
 
 Inside a captured graph a kernel costs 1 to 3 microseconds however little it does, and a frame of one stream
 is little: its time would be that of its launches. Here one program has a net (a batch row's head) and a block
