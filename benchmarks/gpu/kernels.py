@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from moshi.models.lm import LMModel
 from moshi.utils.compile import no_cuda_graph
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.clock import synchronize
@@ -27,8 +28,8 @@ def kernels(work: Callable[[], Any], device: torch.device) -> tuple[Counter[str]
         synchronize(device)
     launches: Counter[str] = Counter()
     micros: Counter[str] = Counter()
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+    for event in profiler.events() or ():
+        if event.device_type == DeviceType.CUDA:
             launches[event.name] += 1
             micros[event.name] += round(event.time_range.elapsed_us())
     return launches, micros

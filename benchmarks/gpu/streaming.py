@@ -22,7 +22,7 @@ from moshi_ttt.kernels.choice import forced
 from moshi_ttt.ttt_layer import TTTBase
 
 MINI_BATCH = 16
-CONTEXTS = {"ttt_layer_context": 50, "non_ttt_layer_context": 100}
+TTT_CONTEXT, OTHER_CONTEXT = 50, 100
 BUDGET_MS = 80.0
 ROUNDS = 15
 
@@ -37,15 +37,17 @@ def with_short_windows(model: LMModel) -> LMModel:
     plain = sharing(model)
     short = ttt_layer_indices("middle", len(plain.transformer.layers))
     for index, _, attention in temporal_attentions(plain):
-        attention.context = CONTEXTS["ttt_layer_context" if index in short else "non_ttt_layer_context"]
+        attention.context = TTT_CONTEXT if index in short else OTHER_CONTEXT
     return plain
 
 
 def with_ttt(model: LMModel, heads: int) -> LMModel:
     """The same with TTT-MLP of so many heads in the middle half of the layers."""
     hybrid = sharing(model)
+    config = TTTConfig(num_heads=heads, mini_batch_size=MINI_BATCH)
+    config.ttt_layer_context, config.non_ttt_layer_context = TTT_CONTEXT, OTHER_CONTEXT
     with torch.device(model.device):
-        apply_ttt_to_model(hybrid, TTTConfig(num_heads=heads, mini_batch_size=MINI_BATCH, **CONTEXTS))
+        apply_ttt_to_model(hybrid, config)
     return hybrid.eval()
 
 

@@ -3,6 +3,8 @@
 Roundings are those of the operations that they replace: `RMSNorm(x + update)` of Moshi and `ResidualGate`.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,8 @@ def normed_sum(x: torch.Tensor, update: torch.Tensor, alpha: torch.Tensor, eps: 
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
     sizes = {"C": width, "BLOCK": triton.next_power_of_2(width)}
-    _normed_sum[(out.numel() // width,)](x.contiguous(), update.contiguous(), alpha, out, eps, **sizes)
+    kernel: Any = _normed_sum  # what Triton makes of signatures is not what type checkers read
+    kernel[(out.numel() // width,)](x.contiguous(), update.contiguous(), alpha, out, eps, **sizes)
     return out
 
 
@@ -28,7 +31,8 @@ def gated_sum(
     """x + update + tanh(alpha) ttt_out, for `[B, T, C]` and alpha `[C]`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     width, block = x.shape[-1], 1024
-    _gated_sum[(out.numel() // width, triton.cdiv(width, block))](
+    kernel: Any = _gated_sum
+    kernel[(out.numel() // width, triton.cdiv(width, block))](
         x.contiguous(), update.contiguous(), ttt_out.contiguous(), alpha, out, width, block
     )
     return out

@@ -180,7 +180,7 @@ def finish(
         if n % H == 0:
             tl.store(position + n // H, tl.where(after == K, 0, after))
     if after == K:
-        first, bias1, second, bias2 = _fold(
+        first, bias1, second, bias2 = _fold(  # type: ignore
             n, split, d, f, scale, w1, b1, w2, b2, keys, hiddens, grads1, grads2, lrs, D, F, K
         )
         if BOUNDED:

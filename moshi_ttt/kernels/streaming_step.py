@@ -18,13 +18,15 @@ numbers are float32; a slot that the row has not filled is never read.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-import triton
 
 from moshi_ttt.inner_weights import InnerBound
-from moshi_ttt.kernels import streaming_kernels as kernels
+from moshi_ttt.kernels import streaming_kernels
 from moshi_ttt.ttt_state import TTTState
+
+kernels: Any = streaming_kernels  # what Triton makes of signatures is not what type checkers read
 
 
 @dataclass
@@ -66,7 +68,7 @@ def fused_step(
     hidden, columns, heads = w1.shape[2], x.shape[-1], nets // state.batch_size
     # Small blocks where there are few nets, so that they cover the GPU.
     block = min(hidden, 64 if nets * hidden >= 64 * 128 else 32)
-    splits, padded = hidden // block, triton.next_power_of_2(slots)
+    splits, padded = hidden // block, 1 << (slots - 1).bit_length()
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     places = empty(nets, dtype=torch.long)  # of the token; the state's are advanced while others still read
     query, target, z1 = empty(nets, width), empty(nets, width), empty(nets, hidden)
@@ -80,7 +82,7 @@ def fused_step(
         *(state.norm.weight, state.norm.bias, state.position, w1, b1, w2),
         *(pending.inputs[0], pending.inputs[1], pending.lr, places, query, target, z1, sums),
         **sizes,
-        **{"C": columns, "BLOCK_C": min(1024, triton.next_power_of_2(columns))},
+        **{"C": columns, "BLOCK_C": min(1024, 1 << (columns - 1).bit_length())},
         NORMALIZE=rules.normalize_target,
     )
     kernels.answers[(nets, splits)](
