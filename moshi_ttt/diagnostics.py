@@ -42,8 +42,8 @@ from torch.utils.hooks import RemovableHandle
 
 from moshi_ttt.hybrid_layer import Gate, HybridStreamingTransformerLayer
 from moshi_ttt.inner_losses import LOSSES, inner_report
+from moshi_ttt.inner_tokens import InnerTokens
 from moshi_ttt.integration import ttt_layers
-from moshi_ttt.ttt_layer import InnerTokens
 
 NEAR_ZERO = 0.1  # of the root mean square
 _PARTS = ("attention", "ttt", "combined")

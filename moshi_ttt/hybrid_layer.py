@@ -97,6 +97,11 @@ class HybridSeqModelingBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         """The residual stream `[B, T, C]` after attention's `update` and the TTT layer's."""
+        if isinstance(self.gate, ResidualGate) and self.ttt_layer.ttt.step_in_kernels(x):
+            from moshi_ttt.kernels.residual import gated_sum, normed_sum  # Triton is not everywhere
+
+            normed = normed_sum(x, update, self.norm.alpha, self.norm.eps)
+            return gated_sum(x, update, self.ttt_layer(normed), self.gate.alpha)
         return self.gate(x, update, self.ttt_layer(self.norm(x + update)))
 
     def forward_from(

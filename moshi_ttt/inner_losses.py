@@ -18,9 +18,10 @@ import torch
 from moshi.models.lm import LMModel
 
 from moshi_ttt.inner_network import InnerNorm, answer, fold, gelu, key_pass, layer_norm
+from moshi_ttt.inner_tokens import InnerTokens
 from moshi_ttt.inner_weights import InnerWeights, within
 from moshi_ttt.integration import ttt_layers
-from moshi_ttt.ttt_layer import InnerTokens, TTTBase
+from moshi_ttt.ttt_layer import TTTBase
 
 LOSSES: tuple[str, ...] = ("at_start", "before", "after")
 

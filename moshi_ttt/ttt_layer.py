@@ -7,7 +7,6 @@ around the inner learner follow ttt-video-dit (arXiv 2504.05298), made causal.
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from moshi.modules.streaming import StreamingModule
@@ -18,6 +17,7 @@ from moshi_ttt.config import TTTConfig
 from moshi_ttt.float32 import Float32Module
 from moshi_ttt.inner_loop import PendingUpdates, fold_finished, inner_loop, inner_step, step_scale
 from moshi_ttt.inner_network import LAYER_NORM_EPS, InnerNorm, layer_norm
+from moshi_ttt.inner_tokens import InnerTokens
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
 from moshi_ttt.kernels.choice import use_triton
 from moshi_ttt.projection import Projection
@@ -26,31 +26,6 @@ from moshi_ttt.ttt_state import TTTState
 logger = logging.getLogger(__name__)
 
 _NORM_EPS = 1e-12  # as F.normalize has it
-
-
-@dataclass
-class InnerTokens:
-    """What the inner learner is about to learn from, and the weights it has: for those who look on.
-
-    Args:
-        k, target: `[N, T, D]`; T is 1 in streaming.
-        lr: `[N, T]`.
-        weights: at the start of the sequence, or of the mini-batch in streaming.
-        norm, step_scale: of the inner loop.
-        bound: of the weights over the sequence; None in streaming, and where there is none.
-        pending: streaming: the updates of the mini-batch, this token's included; else None.
-        position: streaming: the token's position in its mini-batch, `[N]`; else None.
-    """
-
-    k: torch.Tensor
-    target: torch.Tensor
-    lr: torch.Tensor
-    weights: InnerWeights
-    norm: InnerNorm
-    step_scale: torch.Tensor
-    bound: InnerBound | None = None
-    pending: PendingUpdates | None = None
-    position: torch.Tensor | None = None
 
 
 class TTTBase(Float32Module, StreamingModule[TTTState]):
@@ -322,7 +297,7 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
     @torch.no_grad()
     def _step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
         """One frame `[B, 1, C]` of every row's stream."""
-        if self.observer is None and use_triton(self.kernel, state.inner, self.mini_batch_size):
+        if self._steps_in_kernels(state):
             return self._fused_step(x, state)
         q, k, target, lr = self.project(x, state.position[:, None], state.norm)
         nets = self._nets(state.position)
@@ -335,6 +310,15 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         state.position.add_(state.exec_mask)
         self._finish_mini_batches(state)
         return self._output(out, x.dtype)
+
+    def step_in_kernels(self, x: torch.Tensor) -> bool:
+        """Whether a call with x `[B, T, C]` is a step of a stream in the few kernels made for it."""
+        state = self._streaming_state
+        return state is not None and x.shape[1] == 1 and self._steps_in_kernels(state)
+
+    def _steps_in_kernels(self, state: TTTState) -> bool:
+        # They give no InnerTokens to look at.
+        return self.observer is None and use_triton(self.kernel, state.inner, self.mini_batch_size)
 
     def _fused_step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
         """The same in GPU kernels made for it."""

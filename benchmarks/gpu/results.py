@@ -47,9 +47,14 @@ class Results:
             **more,
             "device": self.device,
         }
-        self.entries.append(entry)
-        self.path.write_text(json.dumps({"entries": self.entries}, indent=2) + "\n")
+        self.put([entry])
         print(line(entry), flush=True)
+
+    def put(self, entries: list[Entry]) -> None:
+        """Entries that were made elsewhere; those of the same names are replaced."""
+        named = {entry["name"]: entry for entry in (*self.entries, *entries)}
+        self.entries = list(named.values())
+        self.path.write_text(json.dumps({"entries": self.entries}, indent=2) + "\n")
 
 
 def line(entry: Entry) -> str:

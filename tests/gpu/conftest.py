@@ -20,6 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once what went wrong: on a lent machine the run may be cut off before pytest's summary."""
+    if report.failed:
+        print(f"\n{report.when} of {report.nodeid}:\n{report.longreprtext[-1500:]}", flush=True)
+
+
 @pytest.fixture
 def device() -> torch.device:
     return DEVICE
