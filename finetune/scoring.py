@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from moshi_ttt.depformer import depformer_logits, depformer_modules
 from moshi_ttt.linear import linear
 
-# Frames taken at a time: 0.25 GiB of text logits in float32; about 5 GiB of a 7B's depformer in bfloat16.
+# Frames taken at a time: 0.25 GiB of text logits in float32; about 4 GiB of a 7B's depformer in bfloat16.
 TEXT_FRAMES = 2048
-DEPFORMER_FRAMES = 4096
+DEPFORMER_FRAMES = 2500
 
 # Sum of weight x cross-entropy of the frames in [start, stop), from their `[n, C]`.
 PartOfLoss = Callable[[torch.Tensor, int, int], torch.Tensor]

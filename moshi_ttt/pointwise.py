@@ -18,6 +18,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 
+def compiling(enable: bool) -> AbstractContextManager[None]:
+    """Context in which functions are compiled as ever, or not at all."""
+    return nullcontext() if enable else moshi_compile.no_compile()
+
+
+def is_compiling() -> bool:
+    """Whether functions that run now are compiled: what the backward pass must do as well."""
+    return not moshi_compile._compile_disabled
+
+
 def compiled_lazily(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """As Moshi's `torch_compile_lazy`, with its switches, but a kernel for each shape.
 
@@ -29,7 +39,7 @@ def compiled_lazily(function: Callable[..., torch.Tensor]) -> Callable[..., torc
 
     @wraps(function)
     def call(*args: Any) -> torch.Tensor:
-        if moshi_compile._compile_disabled:
+        if not is_compiling():
             return function(*args)
         if not compiled:
             compiled.append(torch.compile(function, dynamic=False))
@@ -57,14 +67,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha, eps):
         ctx.save_for_backward(x, alpha)
-        ctx.eps, ctx.compiled = eps, not moshi_compile._compile_disabled
+        ctx.eps, ctx.compiled = eps, is_compiling()
         return _norm(x, alpha, eps)
 
     @staticmethod
     def backward(ctx, grad):
         x, alpha = ctx.saved_tensors
         wants_x, wants_alpha, _ = ctx.needs_input_grad
-        with _switch(ctx.compiled):
+        with compiling(ctx.compiled):
             x_grad = _norm_backward(x, alpha, grad, ctx.eps) if wants_x else None
         alpha_grad = None
         if wants_alpha:
@@ -78,18 +88,13 @@ class _SiLUGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        ctx.compiled = not moshi_compile._compile_disabled
+        ctx.compiled = is_compiling()
         return _silu_gate(x)
 
     @staticmethod
     def backward(ctx, grad):
-        with _switch(ctx.compiled):
+        with compiling(ctx.compiled):
             return _silu_gate_backward(*ctx.saved_tensors, grad)
-
-
-def _switch(compiled: bool) -> AbstractContextManager[None]:
-    """In the backward pass nothing is compiled where the forward pass did not."""
-    return nullcontext() if compiled else moshi_compile.no_compile()
 
 
 @compiled_lazily
