@@ -1,9 +1,10 @@
-"""Norms and gates of training: each a single kernel where compiled, and nothing kept for it but its input.
+"""Norms, gates and rotations of training: single kernels where compiled, which keep nothing but their input.
 
 Written out, Moshi's norm keeps three float32 copies of its input for the backward pass, and its gate a second
-activation. Here the gradients are written by hand and computed from the input alone.
+activation. Here the gradients are written by hand and computed from the input alone; a rotation needs none.
 """
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from moshi.modules.rope import RotaryEmbedding
 from moshi.modules.transformer import RMSNorm
 from moshi.utils import compile as moshi_compile
 from torch import nn
@@ -100,14 +102,14 @@ class _SiLUGate(torch.autograd.Function):
 @compiled_lazily
 def _norm(x: torch.Tensor, alpha: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
-    mean = eps + torch.mean(wide**2, dim=-1, keepdim=True)
+    mean = eps + torch.mean(wide * wide, dim=-1, keepdim=True)
     return (wide * (alpha.float() * torch.rsqrt(mean))).to(x.dtype)
 
 
 @compiled_lazily
 def _norm_backward(x: torch.Tensor, alpha: torch.Tensor, grad: torch.Tensor, eps: float) -> torch.Tensor:
     wide, scaled = x.float(), grad.float() * alpha.float()
-    inverse = torch.rsqrt(eps + torch.mean(wide**2, dim=-1, keepdim=True))
+    inverse = torch.rsqrt(eps + torch.mean(wide * wide, dim=-1, keepdim=True))
     along = torch.mean(scaled * wide, dim=-1, keepdim=True)
     return (inverse * (scaled - wide * (inverse**2 * along))).to(x.dtype)
 
@@ -121,6 +123,37 @@ def _silu_gate(x: torch.Tensor) -> torch.Tensor:
 @compiled_lazily
 def _silu_gate_backward(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     left, right = x.chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(left.float())
-    slope = sigmoid * (1 + left * (1 - sigmoid))
-    return torch.cat(((grad * right * slope).to(x.dtype), (grad * (left * sigmoid)).to(x.dtype)), dim=-1)
+    return torch.cat((torch.ops.aten.silu_backward(grad * right, left), grad * F.silu(left)), dim=-1)
+
+
+def rotate(rope: RotaryEmbedding, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of queries or keys `[B, T, H, D]`, the first frame at `position` `[B]` or `[1]`."""
+    half = x.shape[-1] // 2
+    rates = torch.exp(torch.arange(half, device=x.device) * (-math.log(rope.max_period) / half))
+    frames = position[:, None].float() + torch.arange(x.shape[1], device=x.device)
+    angles = (frames[..., None] * rates)[:, :, None]
+    return _Rotate.apply(x, angles.cos(), angles.sin(), rope.interleave)  # type: ignore[no-any-return]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cosine, sine, interleave):
+        ctx.save_for_backward(cosine, sine)
+        ctx.interleave, ctx.compiled = interleave, is_compiling()
+        return _rotate(x, cosine, sine, interleave)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cosine, sine = ctx.saved_tensors
+        with compiling(ctx.compiled):
+            return _rotate(grad, cosine, -sine, ctx.interleave), None, None, None
+
+
+@compiled_lazily
+def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleave: bool) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    pairs = x.unflatten(-1, (half, 2) if interleave else (2, half)).float()
+    dim = -1 if interleave else -2
+    left, right = pairs.unbind(dim)
+    turned = torch.stack((left * cosine - right * sine, left * sine + right * cosine), dim)
+    return turned.flatten(-2).to(x.dtype)

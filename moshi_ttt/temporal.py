@@ -21,7 +21,7 @@ from moshi_ttt.attention import windowed_attention
 from moshi_ttt.hybrid_layer import HybridStreamingTransformerLayer
 from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.linear import linear
-from moshi_ttt.pointwise import compiling, gate, is_compiling, norm
+from moshi_ttt.pointwise import compiling, gate, is_compiling, norm, rotate
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,8 @@ def _attend(
     projected = projected.view(rows, length, 3, attention.num_heads, -1)
     q, k, v = projected.unbind(2)
     if attention.rope is not None:
-        offset = torch.zeros(rows, device=x.device, dtype=torch.long) if position is None else position
-        q, k = attention.rope(q, k, offset, time_before_heads=True)
+        first = torch.zeros(1, device=x.device) if position is None else position
+        q, k = (rotate(attention.rope, frames, first) for frames in (q, k))
         v = v.contiguous()  # else the backward pass would keep the queries and keys before rotation too
     if carried is not None:
         assert carried.keys.shape[2] + 1 == attention.context, "the context changed between chunks"

@@ -19,7 +19,7 @@ from moshi_ttt.tiny_model import LM_CONFIG
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    small = {"num_layers": 2, "depformer_num_layers": 1, "positional_embedding": "none"}
+    small = {"num_layers": 2, "depformer_num_layers": 1}
     model = LMModel(**(LM_CONFIG | small), device="cpu", dtype=torch.float32)
     apply_lora_to_model(model, LoRAConfig(True, 4))
     set_trainable(model, "lora")

@@ -1,12 +1,13 @@
-"""Norms and gates with gradients written by hand are Moshi's, compiled or not."""
+"""Norms, gates and rotations with gradients written by hand are Moshi's, compiled or not."""
 
 import pytest
 import torch
+from moshi.modules.rope import RotaryEmbedding
 from moshi.modules.transformer import RMSNorm, create_norm_fn
 from torch.nn import functional as F
 from training import ROOT, run_python
 
-from moshi_ttt.pointwise import gate, norm
+from moshi_ttt.pointwise import gate, norm, rotate
 
 
 @pytest.fixture
@@ -48,6 +49,24 @@ def test_the_gate_is_moshis(activation):
     torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rotation_is_moshis(interleave, dtype):
+    rope = RotaryEmbedding(interleave)
+    q, k = (torch.randn(3, 7, 2, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight = torch.randn(3, 7, 2, 8)
+    position = torch.tensor([0, 5, 3000])
+    expected = rope(q, k, position, time_before_heads=True)
+    found = rotate(rope, q, position), rotate(rope, k, position)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    pairs = [torch.autograd.grad(sum((o * weight).sum() for o in outs), [q, k]) for outs in (found, expected)]
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=3e-2 if dtype == torch.bfloat16 else 1e-5)
+    shared = rotate(rope, q, torch.zeros(1))
+    assert torch.equal(shared, rotate(rope, q, torch.zeros(3)))
+
+
 @pytest.mark.parametrize("which", ["norm", "gate"])
 def test_norm_and_gate_keep_their_input_alone(module, which):
     kept = []
@@ -65,6 +84,6 @@ def test_compiled_functions_give_the_same_gradients():
         line for line in printed if line.startswith(("compiled", "difference"))
     )
     assert without == "compiled []"
-    for name in ("_norm", "_norm_backward", "_silu_gate", "_silu_gate_backward"):
+    for name in ("_norm", "_norm_backward", "_silu_gate", "_silu_gate_backward", "_rotate"):
         assert f"'{name}'" in with_compiler
     assert float(difference.split()[1]) < 1e-5
