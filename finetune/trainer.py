@@ -171,9 +171,8 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns what is worth logging.
 
-        The process waits for the device once, before the update: a step with a NaN is not taken. `data_sec`
-        is the time in which nothing was there to compute. The heads' gradients are computed in the forward
-        phase, see `finetune.scoring`; the optimiser's time is that of the step before.
+        The process waits for the device once, before the update: a step with a NaN is not taken. The heads'
+        backward pass is in the forward phase; the optimiser's time is that of the step before.
         """
         started = time.perf_counter()
         batches = [next(self.batches) for _ in range(self.config.num_microbatches)]
@@ -197,9 +196,7 @@ class Trainer:
             "audio_loss": audio_loss,
             "grad_norm": norm,
             **{f"lr_{name}": rate for name, rate in rates.items()},
-            **speed_of_step(
-                self.parts.model, [batch.codes.shape for batch in batches], elapsed, self.process
-            ),
+            **speed_of_step(self.parts.model, [b.codes.shape for b in batches], elapsed, self.process),
             "data_sec": fetched - started,
             **{f"{name}_sec": length for name, length in seconds.items()},
         }

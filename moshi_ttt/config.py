@@ -88,8 +88,8 @@ class TTTConfig:
     Gradients stop at the edges of chunks. False starts every clip from the learned weights."""
 
     kernel: str = "auto"
-    """What computes the inner loop of training and of whole mini-batches: "eager" (torch operations), "triton"
-    (fused kernels for a GPU, ttt_mlp of two layers), or "auto": the kernels where they can run."""
+    """What computes the inner loop of training and of whole mini-batches: "eager" (torch operations),
+    "triton" (fused kernels for a GPU, ttt_mlp of two layers), or "auto": the kernels where they can run."""
 
     scan_checkpoint_group_size: int = 16
     """Mini-batches whose inner activations are recomputed together in the backward pass: memory falls,

@@ -1,9 +1,10 @@
-"""Norms and gates of training: each a single kernel where compiled, and nothing kept for it but its input.
+"""Norms, gates and rotations of training: single kernels where compiled, which keep nothing but their input.
 
 Written out, Moshi's norm keeps three float32 copies of its input for the backward pass, and its gate a second
-activation. Here the gradients are written by hand and computed from the input alone.
+activation. Here the gradients are written by hand and computed from the input alone; a rotation needs none.
 """
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,11 +12,22 @@ from functools import wraps
 from typing import Any
 
 import torch
+from moshi.modules.rope import RotaryEmbedding
 from moshi.modules.transformer import RMSNorm
 from moshi.utils import compile as moshi_compile
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
+
+
+def compiling(enable: bool) -> AbstractContextManager[None]:
+    """Context in which functions are compiled as ever, or not at all."""
+    return nullcontext() if enable else moshi_compile.no_compile()
+
+
+def is_compiling() -> bool:
+    """Whether functions that run now are compiled: what the backward pass must do as well."""
+    return not moshi_compile._compile_disabled
 
 
 def compiled_lazily(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -29,7 +41,7 @@ def compiled_lazily(function: Callable[..., torch.Tensor]) -> Callable[..., torc
 
     @wraps(function)
     def call(*args: Any) -> torch.Tensor:
-        if moshi_compile._compile_disabled:
+        if not is_compiling():
             return function(*args)
         if not compiled:
             compiled.append(torch.compile(function, dynamic=False))
@@ -57,14 +69,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha, eps):
         ctx.save_for_backward(x, alpha)
-        ctx.eps, ctx.compiled = eps, not moshi_compile._compile_disabled
+        ctx.eps, ctx.compiled = eps, is_compiling()
         return _norm(x, alpha, eps)
 
     @staticmethod
     def backward(ctx, grad):
         x, alpha = ctx.saved_tensors
         wants_x, wants_alpha, _ = ctx.needs_input_grad
-        with _switch(ctx.compiled):
+        with compiling(ctx.compiled):
             x_grad = _norm_backward(x, alpha, grad, ctx.eps) if wants_x else None
         alpha_grad = None
         if wants_alpha:
@@ -78,31 +90,26 @@ class _SiLUGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        ctx.compiled = not moshi_compile._compile_disabled
+        ctx.compiled = is_compiling()
         return _silu_gate(x)
 
     @staticmethod
     def backward(ctx, grad):
-        with _switch(ctx.compiled):
+        with compiling(ctx.compiled):
             return _silu_gate_backward(*ctx.saved_tensors, grad)
-
-
-def _switch(compiled: bool) -> AbstractContextManager[None]:
-    """In the backward pass nothing is compiled where the forward pass did not."""
-    return nullcontext() if compiled else moshi_compile.no_compile()
 
 
 @compiled_lazily
 def _norm(x: torch.Tensor, alpha: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
-    mean = eps + torch.mean(wide**2, dim=-1, keepdim=True)
+    mean = eps + torch.mean(wide * wide, dim=-1, keepdim=True)
     return (wide * (alpha.float() * torch.rsqrt(mean))).to(x.dtype)
 
 
 @compiled_lazily
 def _norm_backward(x: torch.Tensor, alpha: torch.Tensor, grad: torch.Tensor, eps: float) -> torch.Tensor:
     wide, scaled = x.float(), grad.float() * alpha.float()
-    inverse = torch.rsqrt(eps + torch.mean(wide**2, dim=-1, keepdim=True))
+    inverse = torch.rsqrt(eps + torch.mean(wide * wide, dim=-1, keepdim=True))
     along = torch.mean(scaled * wide, dim=-1, keepdim=True)
     return (inverse * (scaled - wide * (inverse**2 * along))).to(x.dtype)
 
@@ -116,6 +123,37 @@ def _silu_gate(x: torch.Tensor) -> torch.Tensor:
 @compiled_lazily
 def _silu_gate_backward(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     left, right = x.chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(left.float())
-    slope = sigmoid * (1 + left * (1 - sigmoid))
-    return torch.cat(((grad * right * slope).to(x.dtype), (grad * (left * sigmoid)).to(x.dtype)), dim=-1)
+    return torch.cat((torch.ops.aten.silu_backward(grad * right, left), grad * F.silu(left)), dim=-1)
+
+
+def rotate(rope: RotaryEmbedding, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of queries or keys `[B, T, H, D]`, the first frame at `position` `[B]` or `[1]`."""
+    half = x.shape[-1] // 2
+    rates = torch.exp(torch.arange(half, device=x.device) * (-math.log(rope.max_period) / half))
+    frames = position[:, None].float() + torch.arange(x.shape[1], device=x.device)
+    angles = (frames[..., None] * rates)[:, :, None]
+    return _Rotate.apply(x, angles.cos(), angles.sin(), rope.interleave)  # type: ignore[no-any-return]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cosine, sine, interleave):
+        ctx.save_for_backward(cosine, sine)
+        ctx.interleave, ctx.compiled = interleave, is_compiling()
+        return _rotate(x, cosine, sine, interleave)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cosine, sine = ctx.saved_tensors
+        with compiling(ctx.compiled):
+            return _rotate(grad, cosine, -sine, ctx.interleave), None, None, None
+
+
+@compiled_lazily
+def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleave: bool) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    pairs = x.unflatten(-1, (half, 2) if interleave else (2, half)).float()
+    dim = -1 if interleave else -2
+    left, right = pairs.unbind(dim)
+    turned = torch.stack((left * cosine - right * sine, left * sine + right * cosine), dim)
+    return turned.flatten(-2).to(x.dtype)

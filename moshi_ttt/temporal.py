@@ -5,7 +5,7 @@ forward pass.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from moshi.models.lm import LMModel
 from moshi.modules.gating import ActivationGating
 from moshi.modules.transformer import StreamingTransformerLayer
-from moshi.utils.compile import no_compile
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +21,7 @@ from moshi_ttt.attention import windowed_attention
 from moshi_ttt.hybrid_layer import HybridStreamingTransformerLayer
 from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.linear import linear
-from moshi_ttt.pointwise import gate, norm
+from moshi_ttt.pointwise import compiling, gate, is_compiling, norm, rotate
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ class Running:
 
     def compiling(self, device: torch.device) -> AbstractContextManager[None]:
         """Context in which Moshi's and our functions are compiled, or not."""
-        compiled = device.type == "cuda" if self.compiled is None else self.compiled
-        return nullcontext() if compiled else no_compile()
+        return compiling(device.type == "cuda" if self.compiled is None else self.compiled)
 
 
 def temporal_clips(model: LMModel, inputs: torch.Tensor, running: Running) -> torch.Tensor:
@@ -111,7 +109,13 @@ def _temporal(
 
 def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(*arguments)`, run again in the backward pass as far as that needs it."""
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    compiled = is_compiling()
+
+    def run(*arguments: Any) -> Any:
+        with compiling(compiled):
+            return function(*arguments)
+
+    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _embed(model: LMModel, sequence: torch.Tensor) -> torch.Tensor:
@@ -193,8 +197,8 @@ def _attend(
     projected = projected.view(rows, length, 3, attention.num_heads, -1)
     q, k, v = projected.unbind(2)
     if attention.rope is not None:
-        offset = torch.zeros(rows, device=x.device, dtype=torch.long) if position is None else position
-        q, k = attention.rope(q, k, offset, time_before_heads=True)
+        first = torch.zeros(1, device=x.device) if position is None else position
+        q, k = (rotate(attention.rope, frames, first) for frames in (q, k))
         v = v.contiguous()  # else the backward pass would keep the queries and keys before rotation too
     if carried is not None:
         assert carried.keys.shape[2] + 1 == attention.context, "the context changed between chunks"

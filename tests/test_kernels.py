@@ -66,7 +66,8 @@ def run(form, tensors, radii, group):
 
 def differences(found, expected):
     return [
-        ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in zip(found, expected, strict=True)
+        ((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-12)).item()
+        for a, b in zip(found, expected, strict=True)
     ]
 
 
@@ -78,7 +79,9 @@ def test_kernels_equal_the_twin_in_outputs_state_and_gradients(name):
     found, grads = run(triton_form, [x.to(DEVICE, torch.float32) for x in tensors], radii, group)
     assert differences(found, expected) == pytest.approx([0] * 5, abs=TOLERANCE)
     names = NAMES if radii is None else NAMES + CENTER
-    wrong = {n: d for n, d in zip(names, differences(grads, expected_grads), strict=True) if not d < TOLERANCE}
+    wrong = {
+        n: d for n, d in zip(names, differences(grads, expected_grads), strict=True) if not d < TOLERANCE
+    }
     assert wrong == {}
 
 

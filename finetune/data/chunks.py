@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from finetune.data.audio import read_samples
-from finetune.data.clips import Batch, Clip, ClipEncoder, PreparedClips, clip_at, count_clips
+from finetune.data.clips import Batch, Clip, ClipEncoder, PreparedClips, clip_at, count_clips, on_device
 from finetune.data.codec import encode_whole
 from finetune.data.interleaver import text_slice
 from finetune.data.joined import Joined
@@ -35,7 +35,7 @@ class ChunkEncoder:
     def encode(self, clips: Sequence[Clip]) -> Batch:
         """Codes of some chunks, `[B, 17, T]`: text, Moshi's codebooks, the user's. Missing frames are -1."""
         codes = torch.stack([self._chunk(clip) for clip in clips])
-        return Batch(codes.to(self.clips.device, torch.long), list(clips))
+        return Batch(on_device(codes, self.clips.device), list(clips))
 
     def _chunk(self, chunk: Clip) -> torch.Tensor:
         """Text and codes of one chunk, `[17, T]` in 16 bits."""

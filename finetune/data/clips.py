@@ -50,6 +50,13 @@ class Batch:
     clips: list[Clip]
 
 
+def on_device(codes: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Codes as whole numbers on the device. A GPU fetches them by itself, while this process goes on."""
+    if device.type == "cuda" and codes.device.type == "cpu":
+        codes = codes.pin_memory().to(device, non_blocking=True)
+    return codes.to(device, torch.long)
+
+
 class Encoder(Protocol):
     """Makes codes of clips."""
 
@@ -156,7 +163,7 @@ class ClipEncoder:
     def encode(self, clips: Sequence[Clip]) -> Batch:
         """Codes of some clips, `[B, 17, T]`: text, Moshi's codebooks, the user's. Missing frames are -1."""
         codes = torch.stack([self._streams(clip) for clip in clips])
-        return Batch(codes.to(self.device, torch.long), list(clips))
+        return Batch(on_device(codes, self.device), list(clips))
 
     def _streams(self, clip: Clip) -> torch.Tensor:
         # What lies in a shard is read faster than remembered, and needs no memory of this process.

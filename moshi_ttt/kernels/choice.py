@@ -37,7 +37,7 @@ def refusal(weights: InnerWeights, mini_batch_size: int) -> str | None:
 
 
 def use_triton(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
-    """Whether the Triton kernels run: where they were asked for, or with `auto` on a CUDA device where they can.
+    """Whether the Triton kernels run: where asked for, or with `auto` on a CUDA device where they can.
 
     Raises:
         ValueError: the kernels were asked for and cannot run this.
@@ -56,7 +56,7 @@ def use_triton(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
 
 @contextmanager
 def forced(kernel: str) -> Iterator[None]:
-    """Use "eager" or "triton", whatever was asked for, wherever an inner loop is run or captured while this lasts.
+    """Use "eager" or "triton", whatever was asked for, for all that is run or captured while this lasts.
 
     Raises:
         ValueError: another name.

@@ -1,10 +1,10 @@
 """The backward pass of a mini-batch of TTT-MLP in two kernels, split over hidden units as the forward pass.
 
-They read the states and traces that the forward pass kept, and change the gradient of the state in place: before
-`through_answers` it is that of the weights which the mini-batch ended with, after `into_weights` that of those which
-it started from. `through_answers` goes back through the bound, the fold and the answers, `into_weights`, which needs
-dG2 in whole, through the gradient of the inner loss and the keys. The equations are those of
-`moshi_ttt/dual_form.py`, the naive twin; `dX` is the gradient of the outer loss at X. See
+They read the states and traces that the forward pass kept, and change the gradient of the state in place:
+before `through_answers` it is that of the weights which the mini-batch ended with, after `into_weights` that
+of those which it started from. `through_answers` goes back through the bound, the fold and the answers,
+`into_weights`, which needs dG2 in whole, through the gradient of the inner loss and the keys. The equations
+are those of `moshi_ttt/dual_form.py`, the naive twin; `dX` is the gradient of the outer loss at X. See
 `moshi_ttt/kernels/mlp_forward.py` for layouts.
 """
 
@@ -28,8 +28,8 @@ from moshi_ttt.kernels.parts import (
 def _through_pull(d_w, d_center, end, center, at, pull, factor):
     """Through W' = center + factor (W - center), factor = radius / |W - center|, in place of `d_w`.
 
-    `pull` is the part of dW along the change, (W' - center) . dW / radius^2: the distance is fixed, so that part
-    goes nowhere.
+    `pull` is the part of dW along the change, (W' - center) . dW / radius^2: the distance is fixed, so that
+    part goes nowhere.
     """
     d = tl.load(d_w + at)
     through = factor * (d - pull * (tl.load(end + at) - tl.load(center + at)))
@@ -73,8 +73,9 @@ def through_answers(
     KP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BOUND: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """What this block gives to dq, dk, dG2 `[K, D]`, to dsteps of the first layer `[K, K]` and, through the fold,
-    to the last row of deta `[K]`. To scratch go dX2, dZ1, dZ1 of the queries and dU `[F, K]`, the first two in part.
+    """What this block gives to dq, dk, dG2 `[K, D]`, to dsteps of the first layer `[K, K]` and, through the
+    fold, to the last row of deta `[K]`. To scratch go dX2, dZ1, dZ1 of the queries and dU `[F, K]`, the
+    first two in part.
     """
     SIZE: tl.constexpr = 2 * D * F + F + D
     TRACE: tl.constexpr = KP * (3 * F + 2 * D)
@@ -86,8 +87,8 @@ def through_answers(
     tokens, second, part = at * KP * D, D * F + F, at * J + block
     if BOUND:
         _through_bound(
-            d_w, d_center + n * SIZE, w + N.to(tl.int64) * SIZE, center + (n % H) * SIZE, factors + (at + N) * 2,
-            alongs + n * 2 * J, radius1, radius2, f, d, block, D, F, J,
+            d_w, d_center + n * SIZE, w + N.to(tl.int64) * SIZE, center + (n % H) * SIZE,
+            factors + (at + N) * 2, alongs + n * 2 * J, radius1, radius2, f, d, block, D, F, J,
         )  # fmt: skip
     steps = tl.load(step + at * KP + rows)
     z1_t, u_t = load_block(note, f, rows, KP), load_block(note + 2 * KP * F, f, rows, KP)
@@ -95,7 +96,8 @@ def through_answers(
     g1_t = u_t * slope
 
     d_w1_t = load_block(d_w, f, d, D)
-    d_s1_t = -product(d_w1_t, tl.trans(load_block(k + tokens, rows, d, D)), P) - tl.load(d_w + D * F + f)[:, None]
+    keys = load_block(k + tokens, rows, d, D)
+    d_s1_t = -product(d_w1_t, tl.trans(keys), P) - tl.load(d_w + D * F + f)[:, None]
     from_fold = tl.sum(d_s1_t * g1_t, 0)
     d_g1_t = d_s1_t * steps[None, :]
     store_block(d_k + part * KP * D, rows, d, D, -over_units(steps[None, :] * g1_t, d_w1_t, P))
@@ -129,6 +131,20 @@ def _change_along(d_w, now, center, at):
     return tl.sum(d_w * (now - tl.load(center + at)))
 
 
+@triton.jit
+def _measure_along(
+    d_w1_t, d_b1, d_w2, d_b2, w1_t, w2, w, center, alongs, f, d, block, D: tl.constexpr, F: tl.constexpr
+):  # fmt: skip
+    """(W - center) . dW of either layer, for the bound of the mini-batch before; the first block counts b2."""
+    own, second, last = f[:, None] * D + d[None, :], D * F + F, 2 * D * F + F + d
+    along1 = _change_along(d_w1_t, w1_t, center, own)
+    along1 += _change_along(d_b1, tl.load(w + D * F + f), center, D * F + f)
+    along2 = _change_along(d_w2, w2, center + second, own)
+    of_bias = _change_along(d_b2, tl.load(w + last), center, last)
+    tl.store(alongs, along1)
+    tl.store(alongs + 1, along2 + tl.where(block == 0, of_bias, 0.0))
+
+
 @triton.jit(do_not_specialize=["N", "H", "mini_batch"])
 def into_weights(
     q, k, target, gamma, beta, state, center, trace, alongs, d_answer2, d_g2_base, d_g2, scratch,
@@ -139,8 +155,7 @@ def into_weights(
 ):  # fmt: skip
     """Through the gradient of the inner loss and the key pass into the gradient of the state.
 
-    Adds to this block's part of dk; dtarget, dgamma and dbeta of the mini-batch are whole. For the bound of the
-    mini-batch before, `alongs` gets (W - center) . dW of either layer.
+    Adds to this block's part of dk; dtarget, dgamma and dbeta of the mini-batch are whole.
     """
     SIZE: tl.constexpr = 2 * D * F + F + D
     TRACE: tl.constexpr = KP * (3 * F + 2 * D)
@@ -153,13 +168,8 @@ def into_weights(
     d_whole = sum_of_parts(d_g2 + n * J * KP * D, rows, d, D, KP * D, J)
     d_whole += load_block(d_g2_base + tokens, rows, d, D)
     weight, shift = tl.load(gamma + n * D + d)[None, :], tl.load(beta + n * D + d)[None, :]
-    d_z2, d_wanted, d_weight, d_shift = through_loss_gradient(
-        load_block(note + 3 * KP * F, rows, d, D),
-        load_block(target + tokens, rows, d, D),
-        d_whole,
-        weight,
-        shift,
-    )
+    z2, wanted = load_block(note + 3 * KP * F, rows, d, D), load_block(target + tokens, rows, d, D)
+    d_z2, d_wanted, d_weight, d_shift = through_loss_gradient(z2, wanted, d_whole, weight, shift)
 
     z1_t, w1_t = load_block(note, f, rows, KP), load_block(w, f, d, D)
     w2 = load_block(w + second, f, d, D)
@@ -175,20 +185,19 @@ def into_weights(
     store_block(d_w, f, d, D, d_w1_t)
     tl.store(d_w + D * F + f, d_b1)
     d_out2 = load_block(d_answer2 + tokens, rows, d, D)
-    d_w2 = load_block(d_w + second, f, d, D) + product(gelu(load_block(note + KP * F, f, rows, KP)), d_out2, P)
+    xq2_t = gelu(load_block(note + KP * F, f, rows, KP))
+    d_w2 = load_block(d_w + second, f, d, D) + product(xq2_t, d_out2, P)
     d_w2 += product(gelu(z1_t), d_z2, P)
     d_u_t = load_block(scratch + (n * 4 + 3) * KP * F, f, rows, KP)
     d_w2 += product(d_u_t, load_block(note + 3 * KP * F + KP * D, rows, d, D), P)
     store_block(d_w + second, f, d, D, d_w2)
-    d_b2 = tl.load(d_w + second + F * D + d, mask=(d >= 0) & (block == 0), other=0.0) + tl.sum(d_out2 + d_z2, 0)
+    d_b2 = tl.load(d_w + second + F * D + d, mask=(d >= 0) & (block == 0), other=0.0)
+    d_b2 += tl.sum(d_out2 + d_z2, 0)
     if BOUND:
-        middle, own = center + (n % H) * SIZE, f[:, None] * D + d[None, :]
-        along1 = _change_along(d_w1_t, w1_t, middle, own)
-        along1 += _change_along(d_b1, tl.load(w + D * F + f), middle, D * F + f)
-        along2 = _change_along(d_w2, w2, middle + second, own)
-        of_bias = _change_along(d_b2, tl.load(w + second + F * D + d), middle + second + F * D, d)
-        tl.store(alongs + (n * J + block) * 2, along1)
-        tl.store(alongs + (n * J + block) * 2 + 1, along2 + tl.where(block == 0, of_bias, 0.0))
+        _measure_along(
+            d_w1_t, d_b1, d_w2, d_b2, w1_t, w2, w, center + (n % H) * SIZE, alongs + (n * J + block) * 2,
+            f, d, block, D, F,
+        )  # fmt: skip
     if block == 0:
         tl.store(d_w + second + F * D + d, d_b2)
         store_block(d_target + tokens, rows, d, D, d_wanted)

@@ -1,19 +1,19 @@
 """One mini-batch of TTT-MLP (two inner layers) in two kernels.
 
-The weights of an inner network (512 KB at Moshi's head width) fit neither into the registers nor into the shared
-memory of one multiprocessor, so each is split over the hidden width: a program has one block of hidden units of
-one net. All blocks of a net are needed for its second layer's output, so a mini-batch takes two launches: `learn`
-passes the keys up to there, `answer` goes on from the sum of the blocks, answers the queries and folds the updates
-into the weights. What blocks give to a sum they write side by side and the reader adds up in a fixed order:
-results are the same every time.
+The weights of an inner network (512 KB at Moshi's head width) fit neither into the registers nor into the
+shared memory of one multiprocessor, so each is split over the hidden width: a program has one block of
+hidden units of one net. All blocks of a net are needed for its second layer's output, so a mini-batch takes
+two launches: `learn` passes the keys up to there, `answer` goes on from the sum of the blocks, answers the
+queries and folds the updates into the weights. What blocks give to a sum they write side by side and the
+reader adds up in a fixed order: results are the same every time.
 
-A hidden unit has a row of W1^T and a row of W2, both of the head's width, so that a block of units is a block of
-rows of either: the side of 64 or more rows that Hopper's tensor cores ask for, where tokens are the other, of 16.
-Hence hidden values are `[units, tokens]`, in names that end in _t.
+A hidden unit has a row of W1^T and a row of W2, both of the head's width, so that a block of units is a
+block of rows of either: the side of 64 or more rows that Hopper's tensor cores ask for, where tokens are the
+other, of 16. Hence hidden values are `[units, tokens]`, in names that end in _t.
 
-Layout of a net's state: W1^T `[F, D]`, b1 `[F]`, W2 `[F, D]`, b2 `[D]`. Layout of a mini-batch's trace, for rows
-of K tokens (padded to at least 16): Z1, Z1 of the queries, U = G2 W2^T `[F, K]` each, then Z2 and G2 `[K, D]`.
-The maths is in `moshi_ttt/inner_loop.py`; the naive twin is `moshi_ttt/dual_form.py`.
+Layout of a net's state: W1^T `[F, D]`, b1 `[F]`, W2 `[F, D]`, b2 `[D]`. Layout of a mini-batch's trace, for
+rows of K tokens (padded to at least 16): Z1, Z1 of the queries, U = G2 W2^T `[F, K]` each, then Z2 and G2
+`[K, D]`. The maths is in `moshi_ttt/inner_loop.py`; the naive twin is `moshi_ttt/dual_form.py`.
 """
 
 import triton
@@ -55,7 +55,8 @@ def _drawn_back(now, at, center, factor):
 
 @triton.jit
 def _pull_back(
-    w, center, squares, factors, radius1, radius2, f, d, block, D: tl.constexpr, F: tl.constexpr, J: tl.constexpr
+    w, center, squares, factors, radius1, radius2, f, d, block,
+    D: tl.constexpr, F: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """Draw this block's weights back into the bound, where the mini-batch before led out of it."""
     rows = f[:, None] * D + d[None, :]
@@ -80,7 +81,7 @@ def learn(
     KP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BOUND: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Z1 of the keys, and what this block gives to Z2 `[N, J, K, D]`, at the weights of `slot`; the first gives b2.
+    """Z1 of the keys, and what this block gives to Z2 `[N, J, K, D]`, b2 by the first, at `slot`'s weights.
 
     First the bound is kept to, if a mini-batch before has changed the weights; with no mini-batch left
     (`mini_batch` below 0) that is all.
@@ -91,12 +92,11 @@ def learn(
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d, rows, f = tl.arange(0, D), tl.arange(0, KP), block * BF + tl.arange(0, BF)
     w = state + (slot * N + n) * SIZE
-    if BOUND:
-        if has_changed > 0:
-            _pull_back(
-                w, center + (n % H) * SIZE, squares + n * 2 * J, factors + (slot * N + n) * 2,
-                radius1, radius2, f, d, block, D, F, J,
-            )  # fmt: skip
+    if BOUND and has_changed > 0:
+        _pull_back(
+            w, center + (n % H) * SIZE, squares + n * 2 * J, factors + (slot * N + n) * 2,
+            radius1, radius2, f, d, block, D, F, J,
+        )  # fmt: skip
     if mini_batch >= 0:
         at = mini_batch * N + n
         keys = load_block(k + at * KP * D, rows, d, D)
@@ -120,7 +120,7 @@ def answer(
     KP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BOUND: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """What this block gives to Z2 of the queries (`answers`) and to X2 of queries times X2 of keys (`overlaps`).
+    """What this block gives to the queries' Z2 (`answers`) and to X2 of queries times keys (`overlaps`).
 
     The weights after the mini-batch go to `next_slot`, their squared distance from the center to `squares`.
     """

@@ -34,7 +34,7 @@ def product(a, b, precision: tl.constexpr):
 
 @triton.jit
 def over_units(a_t, w, precision: tl.constexpr):
-    """a w, `[K, D]`, for a_t `[units, K]` and w `[units, D]`, made with the width as the side of many rows."""
+    """a w, `[K, D]`, for a_t `[units, K]` and w `[units, D]`; the width is the side of many rows."""
     return tl.trans(tl.dot(tl.trans(w), a_t, input_precision=precision))
 
 

@@ -1,7 +1,7 @@
 """The scan over mini-batches by the Triton kernels, group by group, forward and back.
 
-Kernels do what passes over the inner weights; what is done for all mini-batches of a group alike, before or after
-them, are batched operations of torch.
+Kernels do what passes over the inner weights; what is done for all mini-batches of a group alike, before or
+after them, are batched operations of torch.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class Launch:
         warps: warps of a program.
     """
 
-    block: int = 64
-    warps: int = 8
+    block: int
+    warps: int
 
 
 @dataclass
@@ -60,10 +60,16 @@ class Sizes:
         return -(-self.length // self.size)
 
 
+def fitting(sizes: Sizes) -> Launch:
+    """The launch for a problem: a group of four warps for 64 units, as tensor cores want them."""
+    return Launch(block=64, warps=4 if sizes.rows < 64 else 8)
+
+
 def precision() -> str:
     """How products of float32 are made: torch's own setting for matrix products decides.
 
-    "highest", its default, is float32 to rounding (three products of tf32 each), "high" and "medium" are tf32.
+    "highest", its default, is float32 to rounding (three products of tf32 each), "high" and "medium" are
+    tf32.
     """
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -170,7 +176,9 @@ class Group:
         d.scale += (d_eta * self.tokens.lr[:, :, None, :]).sum((0, 1))
         return MiniBatches(d_q, d_k, d.target, (d_eta * self.scale).sum(2))
 
-    def _through_output(self, answers: torch.Tensor, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _through_output(
+        self, answers: torch.Tensor, d_out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """LN(answers) without weight and bias, and the gradient at `answers`."""
         width = answers.shape[-1:]
         normed, mean, inv_std = torch.native_layer_norm(answers, width, None, None, LAYER_NORM_EPS)
@@ -187,7 +195,7 @@ class Group:
         d_products2: torch.Tensor,
         d_g2_base: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """What blocks give to dq, dk, dsteps of the first layer and the last row of deta, `[M, N, J, ...]`."""
+        """What blocks give to dq, dk, the first layer's dsteps and deta's last row, `[M, N, J, ...]`."""
         sizes, tokens, norm = self.sizes, self.tokens, self.rules.norm
         nets, rows, width = sizes.nets, sizes.rows, sizes.width
         d_q, d_k = self.parts(rows, width), self.parts(rows, width)
@@ -199,13 +207,13 @@ class Group:
         of_net = kept.states, self.center, kept.trace
         for i in reversed(range(self.count)):
             through_answers[grid](
-                tokens.q, tokens.k, self.seen, self.step, *of_net, kept.factors, d.alongs, d_answer2, d_products2,
-                d.state, d.center, d_q, d_k, d_steps1, d_last, d_g2, scratch,
+                tokens.q, tokens.k, self.seen, self.step, *of_net, kept.factors, d.alongs, d_answer2,
+                d_products2, d.state, d.center, d_q, d_k, d_steps1, d_last, d_g2, scratch,
                 nets, sizes.heads, i, *self.radii, **constants,
             )  # fmt: skip
             into_weights[grid](
-                tokens.q, tokens.k, tokens.target, norm.weight, norm.bias, *of_net, d.alongs, d_answer2, d_g2_base,
-                d_g2, scratch, d.state, d_k, d.target, d_gamma, d_beta,
+                tokens.q, tokens.k, tokens.target, norm.weight, norm.bias, *of_net, d.alongs, d_answer2,
+                d_g2_base, d_g2, scratch, d.state, d_k, d.target, d_gamma, d_beta,
                 nets, sizes.heads, i, **constants,
             )  # fmt: skip
         d.norm_weight += d_gamma.sum(0)[:, None]
@@ -218,7 +226,7 @@ class Kept:
     """What a forward pass over a group leaves to its backward pass.
 
     Args:
-        states: `[M + 1, N, SIZE]`; `[1, N, SIZE]` where they were changed in place, for which there is no way back.
+        states: `[M + 1, N, SIZE]`; `[1, N, SIZE]` where they were changed in place: no way back.
         trace: see `moshi_ttt.kernels.mlp_forward`.
         factors: of the bound, for each state.
         g2: `[M, N, R, D]`.
@@ -240,7 +248,7 @@ class Sums:
 
     Args:
         state: gradient of the weights that the group ended with, changed in place, `[N, SIZE]`.
-        center: of the bound's center for each net `[N, SIZE]`; `state` where there is no bound, and not written.
+        center: of the bound's center for each net `[N, SIZE]`; `state`, and not written, without a bound.
         alongs: (W - center) . dW of either layer, in parts `[N, J, 2]`.
         norm_weight, norm_bias: `[N, 1, D]`.
         scale: `[R, R]`.

@@ -7,10 +7,10 @@ from torch.autograd.function import once_differentiable
 
 from moshi_ttt.dual_form import Rules, Tokens, differentiable, unpacked
 from moshi_ttt.inner_weights import InnerWeights
-from moshi_ttt.kernels.packing import MiniBatches, in_sequence, packed, unpacked_layers
-from moshi_ttt.kernels.scan import Group, Launch, Sizes, Sums
+from moshi_ttt.kernels.packing import MiniBatches, by_mini_batch, in_sequence, packed, unpacked_layers
+from moshi_ttt.kernels.scan import Group, Launch, Sizes, Sums, fitting
 
-launch = Launch()
+launch: Launch | None = None  # set to try another than `fitting`
 _GROUP = 16  # mini-batches that are worked on together where nothing is kept
 
 
@@ -30,14 +30,15 @@ class Sequence:
     def group(self, index: int) -> Group:
         first, count = self.runs[index]
         last = min(self.sizes.size, self.sizes.length - (first + count - 1) * self.sizes.size)
-        return Group(self.sizes, self.tokens.part(first, count), self.rules, last, launch)
+        return Group(self.sizes, self.tokens.part(first, count), self.rules, last, launch or fitting(self.sizes))
 
     def in_sequence(self, x: torch.Tensor) -> torch.Tensor:
         return in_sequence(x, self.sizes.size, self.sizes.length)
 
 
 class TritonForm(torch.autograd.Function):
-    """The scan over mini-batches by kernels; arguments and results are those of `moshi_ttt.dual_form.DualForm`.
+    """The scan over mini-batches by kernels; arguments and results are those of
+    `moshi_ttt.dual_form.DualForm`.
 
     Groups of mini-batches are run again in the backward pass, which needs the weights at the start of each
     mini-batch and what was computed on the way; with one group all of it is kept.
@@ -74,7 +75,7 @@ class TritonForm(torch.autograd.Function):
     def backward(ctx: Any, d_out: torch.Tensor, *d_state: torch.Tensor) -> Any:
         tokens, state, rules = unpacked(ctx.saved_tensors, ctx.radii)
         sequence = Sequence(tokens, state, rules, ctx.group)
-        d_outs = MiniBatches.of(Tokens(d_out, d_out, d_out, tokens.lr), sequence.sizes.size, sequence.sizes.rows).q
+        d_outs = by_mini_batch(d_out, sequence.sizes.size, sequence.sizes.rows)
         d = _sums(sequence, packed(d_state[:2], d_state[2:]), ctx.end)
         found = []
         for index, (first, count) in reversed(list(enumerate(sequence.runs))):
