@@ -368,7 +368,9 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=1250)
     parser.add_argument("--ttt-heads", type=int, default=8 if gpu else 0)
     parser.add_argument("--context", type=int)
-    parser.add_argument("--checkpoint", type=int, help="layers that recompute; 0 for none, all if left out")
+    # On a GPU as few as fit in 60 GB; the tiny model's own experiment recomputes nothing.
+    parser.add_argument("--checkpoint", type=int, default=20 if gpu else 0, help="layers that recompute")
+    parser.add_argument("--rank", type=int, default=128 if gpu else 16)
     parser.add_argument("--plain-steps", type=int, default=3)
     parser.add_argument("--our-steps", type=int, default=5)
     parser.add_argument("--levers", action="store_true")
@@ -381,7 +383,8 @@ def main() -> None:
         args.frames,
         args.ttt_heads,
         args.context,
-        checkpoint=args.checkpoint,
+        args.rank,
+        args.checkpoint,
     )
     found = measure(setting, args.plain_steps, args.our_steps, args.levers, args.moshi_finetune)
     result = {"entries": entries(found, setting), "steps": [asdict(measured) for measured in found]}

@@ -219,9 +219,9 @@ class TrainConfig:
     all of their activations; the others keep the results of their products and recompute norms and gates. As
     few as fit in memory are fastest. None is all."""
 
-    compile: str = "auto"
-    """true: norms, rotations and gates are compiled to single kernels, in the first step. false: they are
-    not. auto: true on a GPU. NO_TORCH_COMPILE=1 in the environment turns it off."""
+    compile: bool | None = None
+    """Compile norms, rotations and gates to single kernels, in the first step. None: on a GPU.
+    NO_TORCH_COMPILE=1 in the environment turns it off."""
 
     device: str = "auto"
     """cuda, cpu, or auto: cuda where there is one."""
@@ -240,7 +240,7 @@ class TrainConfig:
     @property
     def running(self) -> Running:
         """How the layers are run."""
-        return Running(self.checkpoint_layers, {"auto": None, "true": True, "false": False}[self.compile])
+        return Running(self.checkpoint_layers, self.compile)
 
     @property
     def settings(self) -> ModelSettings:
@@ -299,8 +299,6 @@ class TrainConfig:
         self._validate_resume()
 
     def _validate_running(self) -> None:
-        if self.compile not in ("auto", "true", "false"):
-            raise ValueError(f"compile must be auto, true or false; got {self.compile!r}")
         if self.checkpoint_layers is None:
             return
         if self.checkpoint_layers < 1:
