@@ -29,7 +29,7 @@ import torch
 from moshi_ttt.dual_form import Rules, Tokens, dual_form
 from moshi_ttt.inner_network import InnerNorm, answer, fold, key_pass
 from moshi_ttt.inner_weights import InnerBound, InnerWeights, pulled_back
-from moshi_ttt.kernels.choice import use_triton
+from moshi_ttt.kernels.choice import use_triton_scan
 
 
 @dataclass
@@ -107,7 +107,7 @@ def inner_loop(
         sequence cut at a mini-batch edge can be continued from the returned weights.
     """
     tokens, rules = Tokens(q, k, target, lr), Rules(norm, step_scale, bound)
-    if not use_triton(kernel, state, step_scale.shape[0]):
+    if not use_triton_scan(kernel, state, step_scale.shape[0]):
         return dual_form(tokens, state, rules, checkpoint_group_size)
     from moshi_ttt.kernels.triton_form import triton_form  # here, because Triton takes long to import
 

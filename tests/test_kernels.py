@@ -11,6 +11,9 @@ from moshi_ttt.dual_form import Rules, Tokens, dual_form
 from moshi_ttt.inner_loop import step_scale
 from moshi_ttt.inner_network import InnerNorm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
+from moshi_ttt.kernels import triton_form as kernels
+from moshi_ttt.kernels.choice import forced, use_triton, use_triton_scan
+from moshi_ttt.kernels.scan import fitting
 from moshi_ttt.kernels.triton_form import triton_form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,6 +88,19 @@ def test_kernels_equal_the_twin_in_outputs_state_and_gradients(name):
     assert wrong == {}
 
 
+@pytest.mark.parametrize("name", ["groups run again", "a bound that is reached"])
+def test_mini_batches_filled_up_to_the_rows_of_a_gpu_are_the_same(monkeypatch, name):
+    *_, radii, group = PROBLEMS[name]
+    tensors = problem(*PROBLEMS[name])
+    expected = run(dual_form, tensors, radii, group)
+    gpu = fitting(torch.device("cuda"))
+    assert gpu.rows > PROBLEMS[name][5]
+    monkeypatch.setattr(kernels, "launch", gpu)
+    found = run(triton_form, [x.to(DEVICE, torch.float32) for x in tensors], radii, group)
+    for a, b in zip(found, expected, strict=True):
+        assert max(differences(a, b)) < TOLERANCE
+
+
 def test_the_bound_of_the_problems_is_reached():
     name = "a bound that is reached"
     tensors = problem(*PROBLEMS[name])
@@ -128,3 +144,44 @@ def test_a_weight_that_is_no_number_stays_to_be_seen():
     results, _ = run(triton_form, tensors, REACHED, 0)
     broken = [~torch.isfinite(x).flatten(1).all(1) for x in results[:3]]
     assert all(rows.tolist() == [False, True, False, False] for rows in broken)
+
+
+def weights(width=32, hidden=128, depth=2, dtype=torch.float32, device="meta"):
+    dims = [width, *[hidden] * (depth - 1), width]
+    sizes = list(zip(dims[:-1], dims[1:], strict=True))
+    return InnerWeights(
+        tuple(torch.empty(1, *size, dtype=dtype, device=device) for size in sizes),
+        tuple(torch.empty(1, 1, size[1], dtype=dtype, device=device) for size in sizes),
+    )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"depth": 3}, "two layers, not for 3"),
+        ({"depth": 1}, "two layers, not for 1"),
+        ({"dtype": torch.float64}, "float32, not torch.float64"),
+        ({"width": 24, "hidden": 96}, "got 24 and 96"),
+        ({"hidden": 64}, "got 32 and 64"),
+        ({"size": 65}, "at most 64 tokens, not 65"),
+    ],
+)
+def test_what_the_kernels_cannot_run_is_named_where_they_were_asked_for(change, words):
+    size = change.pop("size", 16)
+    with pytest.raises(ValueError, match=f"ttt.kernel=triton.*{words}.*use ttt.kernel=auto"):
+        use_triton("triton", weights(**change), size)
+    assert not use_triton("auto", weights(**change), size)
+
+
+def test_who_chooses():
+    on_cpu = weights(128, 512, device="cpu")
+    assert not use_triton("auto", on_cpu, 16)
+    assert use_triton("triton", on_cpu, 16)
+    assert not use_triton("eager", on_cpu, 16)
+    with forced("triton"):
+        assert use_triton("eager", on_cpu, 16)
+        with forced("eager"):
+            assert not use_triton_scan("triton", on_cpu, 16)
+    assert not use_triton_scan("auto", on_cpu, 16)
+    with pytest.raises(ValueError, match="eager or triton; got 'fast'"), forced("fast"):
+        pass

@@ -47,6 +47,7 @@ SECTIONS = {
     "training": Section("training", 180),
     "kernels": Section("kernels", 60),
     "loading": Section("loading", 120, compiled=False, asked=True),
+    "launches": Section("launches", 200, compiled=False, asked=True),
     "streaming_uncompiled": Section("streaming", 100, compiled=False, asked=True),
 }
 

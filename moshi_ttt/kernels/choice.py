@@ -9,6 +9,8 @@ from moshi_ttt.inner_weights import InnerWeights
 
 KERNELS = ("auto", "eager", "triton")
 _WIDTHS = (16, 32, 64, 128)
+# Widths at which the scan of training has been run on a GPU (an H100), and was right. Others must be asked for.
+_TRIED_SCAN_WIDTHS = (128,)
 _MOST_TOKENS = 64
 _forced: str | None = None
 
@@ -34,6 +36,18 @@ def refusal(weights: InnerWeights, mini_batch_size: int) -> str | None:
     if mini_batch_size > _MOST_TOKENS:
         return f"they take mini-batches of at most {_MOST_TOKENS} tokens, not {mini_batch_size}"
     return None
+
+
+def use_triton_scan(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
+    """Whether `kernels.triton_form` runs whole mini-batches, as in training.
+
+    Raises:
+        ValueError: the kernels were asked for and cannot run this.
+    """
+    tried = weights.weights[0].shape[1] in _TRIED_SCAN_WIDTHS
+    if (_forced or asked) == "auto" and not tried:
+        return False
+    return use_triton(asked, weights, mini_batch_size)
 
 
 def use_triton(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch.nn import functional as F
 
 from moshi_ttt.dual_form import Rules
@@ -17,20 +16,30 @@ from moshi_ttt.kernels.mlp_backward import into_weights, through_answers
 from moshi_ttt.kernels.mlp_forward import answer, learn
 from moshi_ttt.kernels.packing import MiniBatches, packed
 
-_LEAST_ROWS = 16  # of a matrix product in Triton
-
 
 @dataclass(frozen=True)
 class Launch:
     """How the kernels are cut into pieces.
 
     Args:
+        rows: a mini-batch is filled up to so many, a power of 2 of at least 16, Triton's least.
         block: hidden units of a program.
         warps: warps of a program.
     """
 
-    block: int
-    warps: int
+    rows: int = 16
+    block: int = 64
+    warps: int = 8
+
+
+def fitting(device: torch.device) -> Launch:
+    """The launch on a device.
+
+    On a GPU mini-batches are filled up to 64 rows: with 16 rows and 8 warps `learn` read where it must not
+    (H100, Triton 3.6), with 64 all kernels were right to rounding. `benchmarks.gpu sections=launches` tries
+    others.
+    """
+    return Launch(rows=64) if device.type == "cuda" else Launch()
 
 
 @dataclass
@@ -48,21 +57,13 @@ class Sizes:
     heads: int
     length: int
     size: int
+    rows: int
     width: int
     hidden: int
 
     @property
-    def rows(self) -> int:
-        return max(_LEAST_ROWS, triton.next_power_of_2(self.size))
-
-    @property
     def mini_batches(self) -> int:
         return -(-self.length // self.size)
-
-
-def fitting(sizes: Sizes) -> Launch:
-    """The launch for a problem: a group of four warps for 64 units, as tensor cores want them."""
-    return Launch(block=64, warps=4 if sizes.rows < 64 else 8)
 
 
 def precision() -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import triton
 from torch.autograd.function import once_differentiable
 
 from moshi_ttt.dual_form import Rules, Tokens, differentiable, unpacked
@@ -10,7 +11,7 @@ from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.kernels.packing import MiniBatches, by_mini_batch, in_sequence, packed, unpacked_layers
 from moshi_ttt.kernels.scan import Group, Launch, Sizes, Sums, fitting
 
-launch: Launch | None = None  # set to try another than `fitting`
+launch: Launch | None = None  # to try another than the one that fits the device
 _GROUP = 16  # mini-batches that are worked on together where nothing is kept
 
 
@@ -22,7 +23,10 @@ class Sequence:
         bound = rules.bound
         heads = nets if bound is None else bound.center.weights[0].shape[0]
         self.rules = rules
-        self.sizes = Sizes(nets, heads, length, rules.scale.shape[0], width, state.weights[0].shape[2])
+        self.launch = launch or fitting(tokens.q.device)
+        size, hidden = rules.scale.shape[0], state.weights[0].shape[2]
+        rows = max(self.launch.rows, triton.next_power_of_2(size))
+        self.sizes = Sizes(nets, heads, length, size, rows, width, hidden)
         self.tokens = MiniBatches.of(tokens, self.sizes.size, self.sizes.rows)
         count = self.sizes.mini_batches
         self.runs = [(first, min(group or count, count - first)) for first in range(0, count, group or count)]
@@ -30,7 +34,7 @@ class Sequence:
     def group(self, index: int) -> Group:
         first, count = self.runs[index]
         last = min(self.sizes.size, self.sizes.length - (first + count - 1) * self.sizes.size)
-        return Group(self.sizes, self.tokens.part(first, count), self.rules, last, launch or fitting(self.sizes))
+        return Group(self.sizes, self.tokens.part(first, count), self.rules, last, self.launch)
 
     def in_sequence(self, x: torch.Tensor) -> torch.Tensor:
         return in_sequence(x, self.sizes.size, self.sizes.length)
