@@ -185,3 +185,24 @@ def test_who_chooses():
     assert not use_triton_scan("auto", on_cpu, 16)
     with pytest.raises(ValueError, match="eager or triton; got 'fast'"), forced("fast"):
         pass
+
+
+def test_a_layer_that_asks_for_the_kernels_trains_and_streams_as_one_of_torchs_operations(ttt_layer):
+    settings = {"mini_batch_size": 4, "max_inner_change": 0.5, "scan_checkpoint_group_size": 1}
+    torch.manual_seed(1)
+    eager = ttt_layer(**settings, kernel="eager")
+    layer = ttt_layer(**settings, kernel="triton")
+    layer.load_state_dict(eager.state_dict())
+    x = torch.randn(2, 11, 32)
+    outputs, gradients = [], []
+    for module in (eager, layer):
+        leaf = x.clone().requires_grad_()
+        out = module(leaf)
+        outputs.append(out.detach())
+        gradients.append(torch.autograd.grad(out.square().sum(), [leaf, *module.parameters()]))
+    assert torch.allclose(*outputs, atol=1e-5)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm().clamp(min=1)
+    with torch.no_grad(), layer.ttt.streaming(2):
+        streamed = torch.cat([layer(part) for part in x.split([1, 3, 7], dim=1)], dim=1)
+    assert torch.allclose(streamed, outputs[0], atol=1e-5)
