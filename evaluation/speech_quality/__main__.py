@@ -34,7 +34,10 @@ def run(config: SpeechQualityConfig) -> Path:
     answers = find_answers(config.answers, config.limit, config.seed)
     seconds = sum(item.seconds for item in answers.items)
     told = f" PARTIAL: {answers.partial}" if answers.partial else ""
-    logger.info("%d answers, %.2f h, of %s.%s", len(answers.items), seconds / 3600, answers.model, told)
+    logger.info(
+        "%d answers, %.2f h, by %s, step %s.%s",
+        *(len(answers.items), seconds / 3600, answers.model["checkpoint"], answers.model["step"], told),
+    )
     listener = Listener(config)
     heard: list[Heard] = []
     layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}, {rate_fmt} real time]"
@@ -51,6 +54,7 @@ def run(config: SpeechQualityConfig) -> Path:
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="speech_quality")
 def main(config: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("faster_whisper").setLevel(logging.WARNING)
     torch.set_grad_enabled(False)
     run(typed_config(config, SpeechQualityConfig))
 
