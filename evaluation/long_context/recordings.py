@@ -50,7 +50,7 @@ def find_recordings(spec: str) -> list[LongRecording]:
         if other == path:
             raise ValueError(f"recordings={spec} names {path} twice; name it once")
         raise ValueError(
-            f"{other} and {path.name} have one stem: they would be one recording, scored twice. Remove one of "
+            f"{other} and {path.name} have one stem: they would be scored as one, twice. Remove one of "
             "them, or rename it if it is another recording"
         )
     return [_opened(name, *one) for name, one in zip(_names(paths), found, strict=True)]

@@ -72,13 +72,11 @@ class Listener:
         user, moshi = _samples(answer.folder / STEREO)
         user_voice, moshi_voice = self.activity(user), self.activity(moshi)
         if self.encoder is not None:
-            both = [
-                voice.windows(samples, mask, config.window_sec)
-                for samples, mask in ((moshi, moshi_voice), (user, user_voice))
-            ]
-            heard.ratios[VOICE], heard.similarity = voice.measure(*both, self.encoder)
-            windows = [[round(second, 2), round(like, 6)] for second, like in heard.similarity]
-            heard.details[VOICE] = {"windows": len(both[0]), "similarity": windows}
+            own = voice.windows(moshi, moshi_voice, config.window_sec)
+            others = voice.windows(user, user_voice, config.window_sec)
+            heard.ratios[VOICE], heard.similarity = voice.measure(own, others, self.encoder)
+            similar = [[round(second, 2), round(like, 6)] for second, like in heard.similarity]
+            heard.details[VOICE] = {"windows": len(own), "similarity": similar}
         if TURNS in config.tasks:
             heard.ratios[TURNS] = turns.measure(
                 user_voice, moshi_voice, config.answer_sec, config.backchannel_sec

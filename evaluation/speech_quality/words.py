@@ -40,7 +40,7 @@ def measure(text: str, samples: np.ndarray, transcriber: Transcriber) -> tuple[R
 def normalized(text: str) -> list[str]:
     """The words of a text, as `NORMALIZATION` says."""
     plain = text.casefold().replace("\u2019", "'")
-    words = (word.strip("'") for word in re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain))
+    words: list[str] = re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain)
     return [_TITLES.get(word, word) for word in words]
 
 
