@@ -5,12 +5,14 @@ export NO_TORCH_COMPILE := 1
 
 .PHONY: demo test test-gpu lint bench clean
 
+# resemblyzer holds the weights of an encoder of voices; what it depends on (librosa, a compiler) is not needed.
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "Python 3.11 is needed; give it with: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into .venv (about 7.5 GB, two minutes on a fast connection) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps resemblyzer==0.1.4
 	touch $@
 
 demo: RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)

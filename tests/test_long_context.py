@@ -318,6 +318,20 @@ def test_librilight_is_read_and_its_levels_are_kept_apart(small):
             find_recordings(str(place))
 
 
+def test_two_files_of_one_stem_and_an_empty_file_are_refused(tmp_path):
+    small = libri_light(tmp_path, speakers=2, seconds=0.5)
+    path = sorted(small.rglob("*.flac"))[0]
+    copy = path.with_suffix(".wav")
+    soundfile.write(copy, chapter(0, 0.5, 0), RATE)
+    with pytest.raises(ValueError, match=f"{path} and {copy.name} have one stem: .* Remove one"):
+        find_recordings(str(small))
+    path.unlink()
+    assert len(find_recordings(str(small))) == 2
+    soundfile.write(copy, np.zeros(0), RATE)
+    with pytest.raises(ValueError, match=f"{copy} holds no audio"):
+        find_recordings(str(small))
+
+
 def test_other_recordings_are_read(tmp_path):
     for name, speaker in (("a/x", 0), ("a/y", 0), ("b/x", 1)):
         (tmp_path / "people" / name).parent.mkdir(parents=True, exist_ok=True)

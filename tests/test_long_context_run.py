@@ -1,5 +1,4 @@
-"""The command on long recordings: its files, its numbers, going on after a kill, sharing the work, its "
-"page."""
+"""The command on long recordings: files, numbers, going on after a kill, sharing the work, the page."""
 
 import json
 import re
@@ -11,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import soundfile
+from chromium import CHROMIUM
 from long_recordings import RATE, chapter, libri_light
 from matplotlib.image import imread
 from training import compose_config, run, start_python
@@ -327,13 +327,13 @@ def test_the_page_needs_nothing_else(done):
     }
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian package: chromium)")
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_page_is_drawn_light_and_dark(done, tmp_path, dark):
     picture = tmp_path / "page.png"
     theme = ("--blink-settings=preferredColorScheme=0",) if dark else ()
     subprocess.run(
-        ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *theme,
+        (CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *theme,
          f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,1800", f"--screenshot={picture}",
          (done[0] / "report.html").as_uri()),
         check=True, capture_output=True, timeout=120,

@@ -14,14 +14,18 @@ from chromium import CHROMIUM, browsing
 from long_recordings import libri_light
 from matplotlib.image import imread
 from paper_data import write_storycloze, write_swuggy
+from spoken_answers import turn, write_spoken
 from test_long_context_run import config_of
 from test_paper_metrics import evaluate, results
-from training import records, run
+from training import compose_config, records, run
 
+from configs.typed import typed_config
 from evaluation.long_context.__main__ import run as long_context
 from evaluation.report.__main__ import main, read_all
 from evaluation.report.content import assemble
 from evaluation.report.training import MOST_RECORDS, read_run
+from evaluation.speech_quality.__main__ import run as speech_quality
+from evaluation.speech_quality.settings import SpeechQualityConfig
 
 SHORT = (
     "ttt.ttt_layer_context=5",
@@ -54,7 +58,25 @@ def place(tmp_path_factory, private_cache):
     for name, checkpoint in (("early", step_1), ("late", runs / "a")):
         arms = ("arms=[carried,reset,inner_lr_0]", "controls=[]", f"checkpoint={checkpoint}")
         long_context(config_of(recordings, root / "long" / name, *arms))
+    judge_answers(root, runs / "a/checkpoints/checkpoint_000002/consolidated", "limit=1")
     return root
+
+
+def judge_answers(root, checkpoint, *settings):
+    """Speech quality of a checkpoint, by answers that say they are its."""
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    meta = {
+        "checkpoint": str(checkpoint),
+        "step": manifest["step"],
+        "files_sha256": {name: file["sha256"] for name, file in manifest["files"].items()},
+        "base_sha256": manifest["base"]["sha256"],
+    }
+    for name in ("one", "two"):
+        voice = np.concatenate([turn(1), turn(2)])
+        write_spoken(root / "answers", name, np.zeros_like(voice), voice, "he might", **meta)
+    given = (f"answers={root / 'answers'}", f"output={root / 'quality'}", "tasks=[voice,turns]", "device=cpu")
+    config = compose_config(*given, "bucket_sec=5", *settings, name="speech_quality")
+    speech_quality(typed_config(config, SpeechQualityConfig))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +98,7 @@ def number(content, name, task, metric="acc"):
 def test_what_was_measured_of_one_checkpoint_stands_in_one_row(content, place):
     assert [r["name"] for r in content["rows"]] == ["tiny", "a, step 1", "a, step 2", "b, step 2"]
     assert len(row(content, "a, step 1")["sources"]) == 2
+    assert len(row(content, "a, step 2")["sources"]) == 3  # spoken answers too
     written = results(place / "paper/early")["results"]["swuggy_dev"]
     shown = number(content, "a, step 1", "swuggy_dev")
     assert shown["value"] == pytest.approx(100 * written["acc,none"])
@@ -112,6 +135,22 @@ def test_numbers_of_another_protocol_have_columns_of_their_own(content):
     partial = next(c["key"] for c in columns if c["partial"])
     assert [r["name"] for r in content["rows"] if partial in r["numbers"]] == ["b, step 2"]
     assert any("swuggy_dev was measured in 2 ways" in r and "limit" in r for r in content["remarks"])
+
+
+def test_held_out_losses_of_other_data_are_not_compared(tmp_path):
+    for name, data in (("a", "one.jsonl"), ("b", "two.jsonl"), ("c", "one.jsonl")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "split": "valid", "loss": 2.0}\n')
+        config = {"duration_sec": 10, "first_codebook_weight_multiplier": 100, "text_padding_weight": 0.5}
+        config |= {"data": {"valid": data}, "eval": {"max_clips": None}}
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
+    content = read_all([str(tmp_path)])
+    first, second = [column["key"] for column in content["columns"]]
+    assert [list(r["numbers"]) for r in content["rows"]] == [[first], [second], [first]]
+    assert any('data "one.jsonl" there, "two.jsonl" here' in r for r in content["remarks"])
+    (tmp_path / "a/config.yaml").write_text("[]")
+    with pytest.raises(ValueError, match="a/config.yaml is not the config of a run"):
+        read_all([str(tmp_path)])
 
 
 def test_a_second_measurement_in_the_same_way_is_said_and_the_newest_counts(place, tmp_path):
@@ -157,12 +196,30 @@ def test_what_is_not_there_is_said(place, given, told):
         ("{", "is damaged"),
         ('{"results": {}}', "lacks results, configs or date"),
         ('{"results": {}, "configs": {}, "date": "x"}', "does not say which model"),
+        ('{"results": {}, "configs": {}, "date": "x", "models": {}}', "has not all .*'checkpoint'"),
+        ('{"results": {"a": NaN}, "configs": {}, "date": "x"}', "is damaged .it holds NaN"),
     ],
 )
 def test_a_results_file_of_something_else_is_refused(tmp_path, text, told):
     (tmp_path / "results_1.json").write_text(text)
     with pytest.raises(ValueError, match=told):
         read_all([str(tmp_path)])
+
+
+def test_what_a_shell_makes_of_a_star_may_hold_nothing_and_that_is_said(place, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("of mine")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/plan.json").write_text("{}")
+    given = [str(path) for path in (*tmp_path.iterdir(), place / "runs/a")]
+    content = read_all([*given, *given])
+    assert [r["name"] for r in content["rows"]] == ["a, step 2"]
+    said = sorted(content["remarks"])
+    assert len(said) == 3
+    assert "begun holds no run" in said[0]
+    assert said[0].endswith("its scoring was not finished, start it again")
+    assert "empty holds no run" in said[1]
+    assert "notes.txt is no run" in said[2]
 
 
 def test_a_damaged_line_of_training_is_refused(tmp_path):
@@ -180,7 +237,7 @@ def test_the_command_writes_a_page_that_others_may_read(place, tmp_path, monkeyp
     finally:
         os.umask(before)
     assert output.stat().st_mode & 0o777 == 0o644
-    assert "4 models, 4 results, 2 runs" in capsys.readouterr().out
+    assert "4 models, 4 results (1 PARTIAL), 2 runs" in capsys.readouterr().out
     text = output.read_text()
     assert "<h1>A &lt;b&gt; &amp; c</h1>" in text
     assert not re.search(r"<(script|img|link)[^>]* (src|href)=", text)
@@ -198,7 +255,11 @@ SORT = (
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian package: chromium)")
 def test_the_page_in_a_browser(place, content, tmp_path):
     main(
-        [str(place / "runs"), str(place / "paper"), str(place / "long"), "--output", str(tmp_path / "r.html")]
+        [
+            *(str(place / name) for name in ("runs", "paper", "long", "quality")),
+            "--output",
+            str(tmp_path / "r.html"),
+        ]
     )
 
     async def visit():
@@ -209,6 +270,7 @@ def test_the_page_in_a_browser(place, content, tmp_path):
             await filters(page)
             await exports(page, content)
             await draws(page)
+            await marks(page)
             await page.picture(tmp_path / "light.png")
             await page.picture(tmp_path / "dark.png", "dark")
             await page.until(
@@ -240,10 +302,13 @@ async def sorts(page, content):
 
 async def filters(page):
     """Words choose rows, and the charts draw these alone."""
-    await enter(page, "filter", "runs/a 2", "input")
-    assert await page.value(TABLE) == ["a, step 2"]
-    assert await names(page, "overlay") == ["a, step 2"]
-    assert await names(page, "suites") == ["a, step 2"]
+    await enter(page, "filter", "/RUNS/a", "input")
+    assert await page.value(TABLE) == ["a, step 1", "a, step 2"]
+    assert await names(page, "overlay") == ["a, step 1", "a, step 2"]
+    await enter(page, "filter", "/runs/ b,", "input")  # both words, in the path and in the name
+    assert await page.value(TABLE) == ["b, step 2"]
+    assert await names(page, "overlay") == []
+    assert await names(page, "suites") == ["b, step 2"]
     await enter(page, "filter", "", "input")
     assert len(await page.value(TABLE)) == 4
 
@@ -296,3 +361,27 @@ async def draws(page):
     await page.value(f"{tick}.click()")
     await enter(page, "line", "carried - reset")
     assert "receptive field of" in await page.value("document.getElementById('verdicts').textContent")
+    await page.value("document.getElementById('none').click()")
+    assert [await names(page, chart) for chart in ("suites", "overlay", "voice")] == [[], [], []]
+    await page.value("document.getElementById('all').click()")
+    assert len(await names(page, "suites")) == 4
+
+
+async def marks(page):
+    """What is partial is marked wherever it is: summary, table, charts, list of choices, sources."""
+    assert "(2 PARTIAL)" in await page.value("document.getElementById('summary').textContent")
+    cells = (
+        "[...document.querySelectorAll('#models tbody tr')].map((r) => r.querySelectorAll('.partial').length)"
+    )
+    marked = dict(zip(await page.value(TABLE), await page.value(cells), strict=True))
+    # Two suites of b; similarity and overlap of a.
+    assert marked == {"tiny": 0, "a, step 1": 0, "a, step 2": 2, "b, step 2": 2}
+    assert await names(page, "voice") == ["a, step 2 (partial)"]
+    texts = "[...document.querySelectorAll('#columns label')].map((l) => l.textContent)"
+    assert sum("partial: limit: 1 of 2 answers" in text for text in await page.value(texts)) > 10
+    options = await page.value("[...document.querySelectorAll('#curve option')].map((o) => o.text)")
+    assert "turns user_speaks, of checkpoints (partial)" in options
+    ticks = await page.value("document.getElementById('suites').data.flatMap((t) => t.x)")
+    assert "tsc (way 2) (partial)" in ticks
+    sources = await page.value("document.querySelectorAll('#sources td.partial:not(:empty)').length")
+    assert sources == 2

@@ -42,9 +42,17 @@ def find_recordings(spec: str) -> list[LongRecording]:
     if not found:
         raise ValueError(f"recordings={spec!r} names nothing; expected a folder, a jsonl or a pattern")
     paths = [path for path, _ in found]
-    twice = next((path for path in paths if paths.count(path) > 1), None)
-    if twice is not None:
-        raise ValueError(f"recordings={spec} names {twice} twice; name it once")
+    by_stem: dict[Path, Path] = {}
+    for path in paths:
+        other = by_stem.setdefault(path.with_suffix(""), path)
+        if other is path:
+            continue
+        if other == path:
+            raise ValueError(f"recordings={spec} names {path} twice; name it once")
+        raise ValueError(
+            f"{other} and {path.name} have one stem: they would be scored as one, twice. Remove one of "
+            "them, or rename it if it is another recording"
+        )
     return [_opened(name, *one) for name, one in zip(_names(paths), found, strict=True)]
 
 

@@ -29,18 +29,20 @@ def read_all(given: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: nothing is there, or something is damaged.
     """
-    runs, results = find_sources(given)
-    bar = tqdm([*runs, *results], desc="reading", unit="file", disable=None, leave=False)
-    read_runs, read_results = [], []
-    for place in bar:
+    sources = find_sources(given)
+    places = [*sources.runs, *sources.results]
+    runs, results = [], []
+    for place in tqdm(places, desc="reading", unit="file", disable=None, leave=False):
         if place.is_dir():
-            read_runs.append(read_run(place))
+            runs.append(read_run(place))
         else:
-            read_results.append(read_result(place))
-    content = assemble(read_runs, read_results)
+            results.append(read_result(place))
+    content = assemble(runs, results)
+    content["remarks"] = [*sources.empty, *content["remarks"]]
+    partial = sum(bool(result.partial) for result in results)
     content["summary"] = (
-        f"{len(content['rows'])} models, {len(results)} results, {len(runs)} runs; "
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        f"{len(content['rows'])} models, {len(results)} results{f' ({partial} PARTIAL)' if partial else ''}, "
+        f"{len(runs)} runs; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     )
     return content
 
@@ -61,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = read_all(given.sources)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    given.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.output, page(given.title, content))
     for remark in content["remarks"]:
         print(f"remark: {remark}")

@@ -24,12 +24,15 @@ def assemble(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Any]:
         for run in runs
         if run.thinned > 1
     ]
+    remarks += [f"{run.folder.name}: nothing is recorded yet" for run in runs if not run.records]
     columns = _Columns()
     rows = _Rows()
     for result in sorted(results, key=lambda one: one.date):
         row = rows.of(result.model)
         for number in result.numbers:
-            key = columns.of(number, result.protocol[number.task], result.partial)
+            protocol = result.protocol[number.task]
+            # Of another sub-sample, or of none: not to be compared, whatever else is the same.
+            key = columns.of(number, protocol | {"partial": result.partial or None}, result.partial)
             if key in row["numbers"]:
                 earlier = row["numbers"][key]["source"]
                 remarks.append(
@@ -39,6 +42,8 @@ def assemble(runs: Sequence[Run], results: Sequence[Result]) -> dict[str, Any]:
         row["sources"].append({"path": str(result.path), "date": result.date, "partial": result.partial})
         if result.curves:
             row["curves"] = result.curves | {"partial": result.partial}
+        if result.voice:
+            row["voice"] = result.voice | {"partial": result.partial}
     _add_held_out(rows, columns, runs)
     return {
         "rows": rows.named(),
@@ -76,15 +81,20 @@ def _add_held_out(rows: "_Rows", columns: "_Columns", runs: Sequence[Run]) -> No
                 model, numbers = found
                 row = rows.of(model)
                 for number in numbers:
-                    # Runs choose their own held-out data, which their records do not name.
-                    key = columns.of(number, {"held out": "as the run's config says"}, "")
+                    key = columns.of(number, run.held_out, "")
                     row["numbers"][key] = _cell(number, f"{run.folder}/metrics.jsonl", "")
 
 
 def _records(runs: Sequence[Run]) -> list[dict[str, Any]]:
     names = _distinct([run.folder for run in runs])
     return [
-        {"run": str(run.folder), "name": name, "records": run.records}
+        {
+            "run": str(run.folder),
+            "name": name,
+            "records": {
+                metric: [x, [float(f"{v:.6g}") for v in y]] for metric, (x, y) in run.records.items()
+            },
+        }
         for run, name in zip(runs, names, strict=True)
     ]
 
@@ -113,7 +123,7 @@ class _Rows:
             # Training went on under another seed in the same folder: the same step, other files.
             if same_files or (same_step and None in (known.sha256, model.sha256)):
                 return row
-        row: Row = {"numbers": {}, "sources": [], "curves": None}
+        row: Row = {"numbers": {}, "sources": [], "curves": None, "voice": None}
         self._models.append(model)
         self._rows.append(row)
         row |= {"name": model.name}
@@ -171,8 +181,7 @@ class _Columns:
         for column in listed:
             metric = (column["group"], column["task"], column["metric"])
             column["protocols"] = counts[metric]
-        order = [TRAINING]
-        return sorted(listed, key=lambda column: column["group"] not in order)
+        return sorted(listed, key=lambda column: column["group"] != TRAINING)
 
     def remarks(self) -> list[str]:
         """Where numbers may not be compared, and why."""

@@ -64,6 +64,7 @@ class Result:
             never put in one column.
         partial: "" or what is missing.
         curves: NLL over positions, of long context.
+        voice: similarity of a voice to its beginning over seconds, of speech quality.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Result:
     protocol: dict[str, dict[str, Any]]
     partial: str = ""
     curves: dict[str, Any] = field(default_factory=dict)
+    voice: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,10 @@ class Run:
         folder: absolute.
         records: of metrics.jsonl: by split and metric, steps and values.
         thinned: every how many records one is kept; 1 keeps all.
+        held_out: what its config says that decides held-out losses.
     """
 
     folder: Path
     records: dict[str, tuple[list[int], list[float]]]
     thinned: int = 1
+    held_out: dict[str, Any] = field(default_factory=dict)

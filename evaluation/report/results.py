@@ -12,7 +12,7 @@ from evaluation.report.entries import Model, Number, Result
 
 PAPER = "paper metrics"
 LONG = "long context"
-OTHER = "speech quality"
+SPEECH = "speech quality"
 _METRIC = ",none"  # keys of lm-evaluation-harness: METRIC,FILTER
 
 
@@ -23,8 +23,8 @@ def read_result(path: Path) -> Result:
         ValueError: it is not one of ours, or of a version that did not record which model it measured.
     """
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except ValueError as error:  # no JSON, no text, or a number that is none
         raise ValueError(f"{path} is damaged ({error}); evaluate again, or take it away") from error
     if not isinstance(content, dict) or not {"results", "configs", "date"} <= content.keys():
         raise ValueError(
@@ -32,12 +32,23 @@ def read_result(path: Path) -> Result:
             "evaluation.paper_metrics, evaluation.long_context or evaluation.speech_quality write"
         )
     if LONG_CONTEXT in content["results"]:
-        return _long_context(path, content)
-    if "identity" in content:
-        return _paper_metrics(path, content)
-    if "models" in content:
-        return _others(path, content)
-    raise ValueError(f"{path} does not say which model it measured; evaluate it again with this version")
+        read = _long_context
+    elif "identity" in content:
+        read = _paper_metrics
+    elif "models" in content:
+        read = _speech_quality
+    else:
+        raise ValueError(f"{path} does not say which model it measured; evaluate it again with this version")
+    try:
+        return read(path, content)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} has not all that this version writes ({error!r}); evaluate again, or take it away"
+        ) from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}")
 
 
 def model_of(about: dict[str, Any], sha256: str | None) -> Model:
@@ -135,22 +146,29 @@ def _curves(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _others(path: Path, content: dict[str, Any]) -> Result:
-    """A results file in the layout of lm-evaluation-harness that says what model it is of."""
+def _speech_quality(path: Path, content: dict[str, Any]) -> Result:
     numbers = []
     for task, entry in content["results"].items():
-        higher = content.get("higher_is_better", {}).get(task, {})
-        for key, value in entry.items():
-            metric = key.removesuffix(_METRIC)
-            if not key.endswith(_METRIC) or metric.endswith(("_stderr", "_ci95")) or value is None:
-                continue
-            low, high = entry.get(f"{metric}_ci95{_METRIC}", (None, None))
-            better = {True: "higher", False: "lower"}.get(higher.get(metric), "")
-            numbers.append(Number(OTHER, task, metric, value, low, high, better=better))
+        for metric, about in content["metrics"][task].items():
+            mean, (low, high) = entry[f"{metric}{_METRIC}"], entry[f"{metric}_ci95{_METRIC}"]
+            if mean is not None:
+                kind = (about["main"], about["better"], about["unit"], None)
+                numbers.append(Number(SPEECH, task, metric, mean, low, high, *kind, entry[f"{metric}_n"]))
     about = content["models"]["checkpoint"]
-    protocol: dict[str, dict[str, Any]] = dict.fromkeys(content["results"], content["protocol"])
+    model = model_of(about, about["sha256"])
+    over_time = content["similarity_over_time"]
+    voice = {
+        "seconds": [(b["from_sec"] + b["to_sec"]) / 2 for b in over_time],
+        "rows": [b["row"] for b in over_time],
+    }
     return Result(
-        path, content["date"], model_of(about, about["sha256"]), numbers, protocol, content["partial"] or ""
+        path,
+        content["date"],
+        model,
+        numbers,
+        content["protocol"],
+        content["partial"],
+        voice=voice if over_time else {},
     )
 
 

@@ -3,31 +3,51 @@
 import glob
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 _METRICS = "metrics.jsonl"
+_NAMED = 5  # how many empty places an error names
 # Folders of many files with nothing to find in them.
 _PASSED_BY = {"checkpoints", "wandb", "raw", "nll", "figures", "submission", "submission_partial", "answers"}
 
 
-def find_sources(given: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Run folders, and results files, in and under what is given; each once, in the order given.
+@dataclass(frozen=True)
+class Sources:
+    """What there is to read.
+
+    Args:
+        runs: folders; results: files. Each once, in the order given.
+        empty: what was given and holds neither, in words.
+    """
+
+    runs: list[Path]
+    results: list[Path]
+    empty: list[str]
+
+
+def find_sources(given: Sequence[str]) -> Sources:
+    """Run folders, and results files, in and under what is given.
+
+    A shell makes `runs/*` of whatever lies there, so one thing that holds nothing is told and not refused.
 
     Args:
         given: folders, results files, or patterns.
     Raises:
-        ValueError: something given is not there, or holds neither.
+        ValueError: something given is not there, or all of it holds nothing.
     """
     runs: dict[Path, None] = {}
     results: dict[Path, None] = {}
-    for name in given:
-        for place in _expanded(name):
-            found_runs, found_results = _search(place)
-            if not found_runs and not found_results:
-                raise ValueError(_nothing_in(place))
-            runs.update(dict.fromkeys(found_runs))
-            results.update(dict.fromkeys(found_results))
-    return list(runs), list(results)
+    empty: list[str] = []
+    for place in dict.fromkeys(place for name in given for place in _expanded(name)):
+        found_runs, found_results = _search(place)
+        if not found_runs and not found_results:
+            empty.append(_nothing_in(place))
+        runs.update(dict.fromkeys(found_runs))
+        results.update(dict.fromkeys(found_results))
+    if not runs and not results:
+        raise ValueError("; ".join(empty[:_NAMED]))
+    return Sources(list(runs), list(results), empty)
 
 
 def _expanded(name: str) -> list[Path]:
@@ -40,7 +60,7 @@ def _expanded(name: str) -> list[Path]:
         there = ", ".join(sorted(entry.name for entry in near.iterdir())[:10]) if near.is_dir() else ""
         hint = f"; {near} holds {there}" if there else f"; there is no {near} either"
         raise ValueError(f"{name} matches nothing{hint}")
-    return [Path(match).resolve() for match in found if Path(match).is_dir() or _is_results(Path(match))]
+    return [Path(match).resolve() for match in found]
 
 
 def _is_results(path: Path) -> bool:
@@ -49,7 +69,7 @@ def _is_results(path: Path) -> bool:
 
 def _search(place: Path) -> tuple[list[Path], list[Path]]:
     if place.is_file():
-        return [], [place]
+        return [], [place] if _is_results(place) else []
     runs, results = [], []
     for folder, inside, files in os.walk(place):
         inside[:] = sorted(d for d in inside if d not in _PASSED_BY and not d.startswith("."))
@@ -60,9 +80,10 @@ def _search(place: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _nothing_in(place: Path) -> str:
+    verb = "holds" if place.is_dir() else "is"
     wanted = (
-        f"{place} holds no run ({_METRICS}) and no results (results_DATE.json of evaluation.paper_metrics, "
-        "evaluation.long_context or evaluation.speech_quality)"
+        f"{place} {verb} no run ({_METRICS}) and no results (results_DATE.json of "
+        "evaluation.paper_metrics, evaluation.long_context or evaluation.speech_quality)"
     )
     if (place / "plan.json").is_file():
         return f"{wanted}: its scoring was not finished, start it again"

@@ -3,6 +3,9 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from evaluation.report.entries import Model, Number, Run
 
@@ -10,13 +13,14 @@ MOST_RECORDS = 2000  # of a curve: more points than a screen has
 TRAINING = "training"
 # Statistics of every layer; `python -m evaluation.plot_diagnostics` draws them.
 _NOT_CURVES = "diagnostics/"
+_DECIDE = ("duration_sec", "first_codebook_weight_multiplier", "text_padding_weight")
 
 
 def read_run(folder: Path) -> Run:
     """A run's records.
 
     Raises:
-        ValueError: a line that is not a record.
+        ValueError: a line that is not a record, or a config that is none.
     """
     records: dict[str, tuple[list[int], list[float]]] = {}
     path = folder / "metrics.jsonl"
@@ -43,7 +47,20 @@ def read_run(folder: Path) -> Run:
         name: (steps[::every], values[::every]) if len(steps) > MOST_RECORDS else (steps, values)
         for name, (steps, values) in records.items()
     }
-    return Run(folder, thinned, every)
+    return Run(folder, thinned, every, _decides_held_out(folder))
+
+
+def _decides_held_out(folder: Path) -> dict[str, Any]:
+    """Settings without which held-out losses may not be compared; empty for a run without config.yaml."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text())
+        found = {name: config[name] for name in _DECIDE}
+        return found | {"data": config["data"]["valid"], "max_clips": config["eval"]["max_clips"]}
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the config of a run ({error!r})") from error
 
 
 def held_out(run: Run, step: int | None = None) -> tuple[Model, list[Number]] | None:

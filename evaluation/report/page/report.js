@@ -2,7 +2,9 @@
 // The data is in the page: rows of models, columns of numbers, records of training, curves over positions.
 const content = JSON.parse(document.getElementById("content").textContent);
 const COLOURS = ["#2a78d6", "#d95926", "#2e9e63", "#a05cc4", "#8d7a2e", "#c2477f", "#1f9aa8", "#7d7f86"];
+// With more models than colours, lines and bars tell those of one colour apart.
 const DASHES = ["solid", "dash", "dot", "dashdot"];
+const PATTERNS = ["", "/", ".", "x"];
 // Plotly's button to share a chart would send it to somebody's server.
 const CONFIG = {
   displaylogo: false, responsive: true, plotlyServerURL: "", showSendToCloud: false,
@@ -46,7 +48,8 @@ function visible() {
 const drawnRows = () => visible().filter((row) => state.drawn.has(row.id));
 const place = (row) => content.rows.indexOf(row);
 const colour = (row) => COLOURS[place(row) % COLOURS.length];
-const dash = (row) => DASHES[Math.floor(place(row) / COLOURS.length) % DASHES.length];
+const round = (row) => Math.floor(place(row) / COLOURS.length) % DASHES.length;
+const dash = (row) => DASHES[round(row)];
 const inTable = () => content.columns.filter((column) => state.shown.has(column.key));
 
 function title(column) {
@@ -56,6 +59,7 @@ function title(column) {
 
 function text(column, value) {
   if (column.unit === "%") return value.toFixed(1);
+  if (column.unit === "s" || column.unit === "per min") return value.toFixed(2);
   const signed = column.metric.startsWith("difference") && value > 0 ? "+" : "";
   return signed + value.toFixed(4);
 }
@@ -85,6 +89,7 @@ function tableCell(column, number) {
   if (number.low !== null) {
     cell.append(element("small", { textContent: `${text(column, number.low)} to ${text(column, number.high)}` }));
   }
+  if (number.partial) cell.append(element("small", { className: "partial", textContent: "partial" }));
   cell.title = [number.source, number.n === null ? "" : `n = ${number.n}`, number.partial].filter(Boolean).join("\n");
   return cell;
 }
@@ -111,7 +116,13 @@ function drawTable() {
     return element("tr", {}, name, ...shown.map((column) => tableCell(column, row.numbers[column.key])));
   });
   byId("models").replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows));
-  byId("shown").textContent = `${rows.length} of ${content.rows.length} models`;
+  const partial = visible().filter((row) => row.sources.some((source) => source.partial)).length;
+  byId("shown").textContent = `${rows.length} of ${content.rows.length} models${partial ? `, ${partial} with partial results` : ""}`;
+}
+
+function drawAll(wanted) {
+  for (const row of visible()) state.drawn[wanted ? "add" : "delete"](row.id);
+  update();
 }
 
 function drawChoices() {
@@ -173,7 +184,7 @@ function layout(rest) {
   const own = { xaxis: { ...axis, ...rest.xaxis }, yaxis: { ...axis, ...rest.yaxis } };
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, family: "system-ui, sans-serif" },
-    margin: { t: 36, r: 20 }, height: 420, modebar: { bgcolor: "rgba(0,0,0,0)", color: faint, activecolor: ink }, hoverlabel: { namelength: -1 }, legend: { orientation: "h", y: -0.22 },
+    margin: { t: 36, r: 20 }, height: 420, modebar: { bgcolor: "rgba(0,0,0,0)", color: faint, activecolor: ink }, hoverlabel: { namelength: -1 }, legend: { font: { size: 11 } },
     ...rest, ...own,
   };
 }
@@ -191,11 +202,12 @@ function drawSuites() {
   if (suites.length === 0) return;
   const names = suites.map((column) => title(column).replace(/ acc\b/, "") + (column.partial ? " (partial)" : ""));
   const rows = drawnRows().filter((row) => suites.some((column) => row.numbers[column.key]));
-  const radar = state.shape === "radar";
+  byId("radar").hidden = suites.length < 3; // two are a line
+  const radar = state.shape === "radar" && suites.length >= 3;
   const traces = rows.map((row) => {
     const numbers = suites.map((column) => row.numbers[column.key]);
     const values = numbers.map((n) => n?.value ?? null);
-    if (!radar) return { type: "bar", name: row.name, x: names, y: values, marker: { color: colour(row) }, error_y: bounds(numbers) };
+    if (!radar) return { type: "bar", name: row.name, x: names, y: values, marker: { color: colour(row), pattern: { shape: PATTERNS[round(row)] } }, error_y: bounds(numbers) };
     return {
       type: "scatterpolar", name: row.name, theta: [...names, names[0]], r: [...values, values[0]], connectgaps: false,
       line: { color: colour(row), dash: dash(row) },
@@ -208,9 +220,20 @@ function drawSuites() {
     : { showlegend: true, barmode: "group", yaxis: { title: { text: "accuracy (%)" }, range: [0, 100] }, shapes: [line] }), CONFIG);
 }
 
+// Evaluations while training record of themselves whether they saw all.
+function isPartial(run, name) {
+  const said = run.records[`${name.split("/")[0]}/partial`];
+  return name in run.records && said !== undefined && said[1].some((value) => value > 0);
+}
+
 function curveNames() {
   const names = new Map();
-  for (const run of content.runs) for (const name of Object.keys(run.records)) names.set(name, `${name.replace("/", ": ")}, as recorded`);
+  for (const run of content.runs) {
+    for (const name of Object.keys(run.records).filter((one) => !one.endsWith("/partial"))) {
+      const partial = content.runs.some((other) => isPartial(other, name)) ? " (partial)" : "";
+      names.set(name, `${name.replace("/", ": ")}, as recorded${partial}`);
+    }
+  }
   for (const column of content.columns) {
     const steps = content.rows.filter((row) => row.step !== null && row.numbers[column.key]);
     if (steps.length > 0) names.set(column.key, `${title(column)}, of checkpoints${column.partial ? " (partial)" : ""}`);
@@ -246,11 +269,26 @@ function drawCurves() {
   const column = columns.get(name);
   const traces = column ? ofCheckpoints(column) : asRecorded(name);
   const label = column ? [title(column), column.unit && `(${column.unit})`].filter(Boolean).join(" ") : name.replace("/", ": ");
-  Plotly.react("curves", traces, layout({ showlegend: true, xaxis: { title: { text: "step" }, rangemode: "tozero" }, yaxis: { title: { text: label } } }), CONFIG);
+  const last = Math.max(0, ...traces.flatMap((trace) => trace.x));
+  const xaxis = { title: { text: "step" }, rangemode: "tozero", ...(last <= 10 ? { dtick: 1 } : {}) };
+  Plotly.react("curves", traces, layout({ showlegend: true, xaxis, yaxis: { title: { text: label } } }), CONFIG);
 }
 
 function lineNames() {
   return [...new Set(content.rows.flatMap((row) => Object.keys(row.curves?.lines ?? {})))];
+}
+
+// 1, 2, 5, 10, ... in frames, or 1, 10, ... where these are many; each with its time below.
+function positions(rows) {
+  const last = Math.max(1, ...rows.flatMap((row) => row.curves.frames));
+  const rates = [...new Set(rows.map((row) => row.curves.frame_rate))];
+  const tickvals = [];
+  for (let decade = 1; decade <= last; decade *= 10) {
+    tickvals.push(...(last > 1000 ? [decade] : [decade, 2 * decade, 5 * decade]));
+  }
+  const time = (seconds) => (seconds < 120 ? `${+seconds.toPrecision(2)} s` : `${+(seconds / 60).toPrecision(2)} min`);
+  const below = (frames) => (rates.length === 1 ? `<br>${time(frames / rates[0])}` : "");
+  return { tickangle: 0, tickvals, ticktext: tickvals.map((frames) => frames.toLocaleString("en") + below(frames)) };
 }
 
 function drawOverlay() {
@@ -275,21 +313,42 @@ function drawOverlay() {
   const ink = layout({}).font.color;
   const shapes = [...reaches].filter((reach) => reach > 0).map((reach) => ({
     type: "line", x0: reach, x1: reach, yref: "paper", y0: 0, y1: 1, line: { color: ink, dash: "dashdot", width: 1 },
-    label: { text: `receptive field ${reach.toLocaleString("en")}`, textangle: -90, textposition: "start", yanchor: "bottom", font: { size: 10 } },
+  }));
+  const annotations = [...reaches].filter((reach) => reach > 0).map((reach) => ({
+    x: Math.log10(reach), yref: "paper", y: 1, yanchor: "bottom", showarrow: false, font: { size: 11 },
+    text: `receptive field ${reach.toLocaleString("en")}`,
   }));
   const difference = name.includes(" - ");
   Plotly.react("overlay", traces, layout({
-    showlegend: true, shapes, xaxis: { title: { text: "position (frames)" }, type: "log" },
+    showlegend: true, shapes, annotations,
+    xaxis: { title: { text: "position (frames, time)" }, type: "log", ...positions(rows) },
     yaxis: { title: { text: `${difference ? "difference of NLL" : "NLL"} (nats a code)` }, zeroline: difference },
   }), CONFIG);
   const said = rows.filter((row) => row.curves.verdict);
-  byId("verdicts").replaceChildren(...said.map((row) => element("li", { textContent: `${row.name}: ${row.curves.verdict}` })));
+  byId("verdicts").replaceChildren(...said.map((row) => {
+    const partial = row.curves.partial ? element("span", { className: "partial", textContent: ` (partial: ${row.curves.partial})` }) : "";
+    return element("li", {}, row.name, partial, `: ${row.curves.verdict}`);
+  }));
+}
+
+function drawVoice() {
+  byId("voice-section").hidden = content.rows.every((row) => !row.voice);
+  const traces = drawnRows().filter((row) => row.voice).map((row) => ({
+    name: row.name + (row.voice.partial ? " (partial)" : ""), x: row.voice.seconds, y: row.voice.rows.map((r) => r[0]),
+    error_y: bounds(row.voice.rows.map(([value, low, high]) => ({ value, low, high }))), mode: "lines+markers",
+    line: { color: colour(row), dash: dash(row) },
+  }));
+  Plotly.react("voice", traces, layout({
+    showlegend: true, xaxis: { title: { text: "time in the conversation (s)" }, rangemode: "tozero" },
+    yaxis: { title: { text: "similarity to the first window" }, range: [0, 1.02] },
+  }), CONFIG);
 }
 
 function drawCharts() {
   drawSuites();
   drawCurves();
   drawOverlay();
+  drawVoice();
 }
 
 function update() {
@@ -332,6 +391,8 @@ function start() {
   options(byId("line"), lineNames().map((name) => [name, name]), headline);
   byId("filter").addEventListener("input", (event) => { state.filter = event.target.value; update(); });
   byId("export").addEventListener("click", download);
+  byId("all").addEventListener("click", () => drawAll(true));
+  byId("none").addEventListener("click", () => drawAll(false));
   byId("curve").addEventListener("change", drawCurves);
   for (const id of ["line", "stream"]) byId(id).addEventListener("change", drawOverlay);
   for (const radio of document.querySelectorAll("input[name=shape]")) {
