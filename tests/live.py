@@ -4,6 +4,9 @@ import asyncio
 import base64
 import functools
 import json
+import os
+import re
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -12,15 +15,20 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import sphn
+import torch
 from aiohttp import web
-from training import dialogue, run
+from training import ROOT, dialogue, run
 
 from inference.live.access import Access
 from inference.live.application import Server
 from inference.live.limits import LimitsConfig
-from inference.live.protocol import AUDIO, HANDSHAKE, METADATA, PCM, TEXT
+from inference.live.protocol import AUDIO, HANDSHAKE, METADATA, PCM, TEXT, TextPieces
 from inference.live.sessions import SessionsConfig
+from inference.rows import Sampling
 from inference.serve import ServeConfig, app_runner, build_server, check_config
+from inference.stream import open_stream
+from moshi_ttt.checkpoint import load_checkpoint
+from moshi_ttt.loading import load_mimi, load_tokenizer
 
 FRAME = 1920
 
@@ -46,6 +54,25 @@ def speech(frames: int, start: int = 0) -> np.ndarray:
     clip = dialogue(4)[14400 + start * FRAME :, 1][: frames * FRAME]
     assert clip.shape[0] == frames * FRAME
     return (clip * 32768).round().astype("<i2")
+
+
+def alone(checkpoint: Path, samples: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+    """What `open_stream` answers to samples: audio `[n]`, and text."""
+    loaded = load_checkpoint(checkpoint, torch.device("cpu"))
+    mimi = load_mimi(loaded.base, "cpu")
+    pieces = TextPieces(load_tokenizer(loaded.base), (0, 3))
+    with open_stream(loaded.model, mimi, Sampling(seed=seed)) as stream:
+        frames = list(stream.hear(torch.from_numpy(samples)))
+    text = "".join(pieces.text(int(frame.tokens[0, 0, 0])) for frame in frames)
+    return torch.cat([frame.audio for frame in frames]).numpy(), text
+
+
+def as_float(pcm: np.ndarray) -> np.ndarray:
+    return pcm.astype(np.float32) / 32768
+
+
+def as_pcm(audio: np.ndarray) -> np.ndarray:
+    return (audio * 32768).round().clip(-32768, 32767).astype("<i2")
 
 
 @dataclass
@@ -103,6 +130,25 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
         with suppress(asyncio.CancelledError):
             await driver
         await server.engine.close()
+
+
+async def started(checkpoint: Path, *overrides: str) -> tuple[asyncio.subprocess.Process, str]:
+    """A server in a process of its own, and its address."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "inference.serve", f"checkpoint={checkpoint}", "port=0", "device=cpu"),
+        *("memory_every=1", *overrides),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    printed = ""
+    while (found := re.search(r"listening on (\S+),", printed)) is None:
+        line = await asyncio.wait_for(process.stdout.readline(), 60)
+        assert line, printed
+        printed += line.decode()
+    return process, found.group(1)
 
 
 @dataclass

@@ -1,44 +1,21 @@
 """A live server: what each client hears is what the model says to it alone."""
 
 import asyncio
-from pathlib import Path
 
 import numpy as np
 import pytest
 import sphn
 import torch
-from live import FRAME, Client, in_loop, live, short_run, speech
+from live import FRAME, Client, alone, as_float, as_pcm, in_loop, live, short_run, speech
 
 from inference.live.protocol import TextPieces
-from inference.rows import Sampling
-from inference.stream import open_stream
-from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.integration import ttt_layers
-from moshi_ttt.loading import load_mimi, load_tokenizer
+from moshi_ttt.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def checkpoint(private_cache, tmp_path_factory):
     return short_run(tmp_path_factory.mktemp("serve"))
-
-
-def alone(checkpoint: Path, samples: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
-    """What `open_stream` answers to samples: audio `[n]`, and text."""
-    loaded = load_checkpoint(checkpoint, torch.device("cpu"))
-    mimi = load_mimi(loaded.base, "cpu")
-    pieces = TextPieces(load_tokenizer(loaded.base), (0, 3))
-    with open_stream(loaded.model, mimi, Sampling(seed=seed)) as stream:
-        frames = list(stream.hear(torch.from_numpy(samples)))
-    text = "".join(pieces.text(int(frame.tokens[0, 0, 0])) for frame in frames)
-    return torch.cat([frame.audio for frame in frames]).numpy(), text
-
-
-def as_float(pcm: np.ndarray) -> np.ndarray:
-    return pcm.astype(np.float32) / 32768
-
-
-def as_pcm(audio: np.ndarray) -> np.ndarray:
-    return (audio * 32768).round().clip(-32768, 32767).astype("<i2")
 
 
 def assert_heard(heard, expected):

@@ -4,14 +4,12 @@ import asyncio
 import os
 import re
 import signal
-import sys
 import time
 
 import aiohttp
 import numpy as np
 import pytest
-from live import FRAME, Client, in_loop, live, short_run, speech
-from training import ROOT
+from live import FRAME, Client, in_loop, live, short_run, speech, started
 
 from inference.rows import Sampling
 
@@ -92,31 +90,12 @@ async def test_only_a_known_free_fresh_session_is_opened(checkpoint, tmp_path):
         assert await server.refused("/api/chat?session=new") == (400, "this server saves no sessions\n")
 
 
-async def started(checkpoint, folder, *overrides):
-    """A server in a process of its own, and its address."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "inference.serve", f"checkpoint={checkpoint}", "port=0", "device=cpu"),
-        *("memory_every=1", f"sessions.folder={folder}", *overrides),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    assert process.stdout is not None
-    printed = ""
-    while "listening on " not in printed:
-        line = await asyncio.wait_for(process.stdout.readline(), 60)
-        assert line, printed
-        printed += line.decode()
-    return process, re.search(r"listening on (\S+),", printed).group(1)
-
-
 @in_loop
 async def test_a_server_that_is_stopped_says_goodbye_saves_and_goes_on(checkpoint, tmp_path):
     user, heard, code = speech(16), [], []
     session, stops = "new", (signal.SIGTERM, signal.SIGINT)
     for part, stop in zip((user[: 8 * FRAME], user[8 * FRAME :]), stops, strict=True):
-        process, url = await started(checkpoint, tmp_path / "s", "slots=1", "seed=4")
+        process, url = await started(checkpoint, f"sessions.folder={tmp_path / 's'}", "slots=1", "seed=4")
         query = f"audio=pcm&metadata=1&session={session}"
         async with aiohttp.ClientSession() as http, http.ws_connect(f"{url}/api/chat?{query}") as ws:
             client = Client(ws)
