@@ -6,8 +6,9 @@ import functools
 import json
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,13 +59,21 @@ def speech(frames: int, start: int = 0) -> np.ndarray:
 
 def alone(checkpoint: Path, samples: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
     """What `open_stream` answers to samples: audio `[n]`, and text."""
+    return next(each_alone(checkpoint, [samples], seed))
+
+
+def each_alone(
+    checkpoint: Path, several: Iterable[np.ndarray], seed: int
+) -> Iterator[tuple[np.ndarray, str]]:
+    """What `open_stream` answers to each of several recordings, in a conversation of its own."""
     loaded = load_checkpoint(checkpoint, torch.device("cpu"))
-    mimi = load_mimi(loaded.base, "cpu")
-    pieces = TextPieces(load_tokenizer(loaded.base), (0, 3))
-    with open_stream(loaded.model, mimi, Sampling(seed=seed)) as stream:
-        frames = list(stream.hear(torch.from_numpy(samples)))
-    text = "".join(pieces.text(int(frame.tokens[0, 0, 0])) for frame in frames)
-    return torch.cat([frame.audio for frame in frames]).numpy(), text
+    mimi, tokenizer = load_mimi(loaded.base, "cpu"), load_tokenizer(loaded.base)
+    for samples in several:
+        pieces = TextPieces(tokenizer, (0, 3))
+        with open_stream(loaded.model, mimi, Sampling(seed=seed)) as stream:
+            frames = list(stream.hear(torch.from_numpy(samples)))
+        text = "".join(pieces.text(int(frame.tokens[0, 0, 0])) for frame in frames)
+        yield torch.cat([frame.audio for frame in frames]).numpy(), text
 
 
 def as_float(pcm: np.ndarray) -> np.ndarray:
@@ -73,6 +82,32 @@ def as_float(pcm: np.ndarray) -> np.ndarray:
 
 def as_pcm(audio: np.ndarray) -> np.ndarray:
     return (audio * 32768).round().clip(-32768, 32767).astype("<i2")
+
+
+def through_opus(samples: np.ndarray) -> np.ndarray:
+    """What arrives of samples that are sent frame by frame."""
+    writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
+    sent = (writer.append_pcm(frame) for frame in samples.reshape(-1, FRAME))
+    return np.concatenate([reader.append_bytes(page) for page in sent])
+
+
+def certificate(folder: Path) -> Path:
+    """A folder with a certificate for 127.0.0.1 that nobody has signed but its own key."""
+    folder.mkdir()
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+    ]
+    command += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem"), "-days", "2"]
+    command += ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
 
 
 @dataclass
@@ -132,8 +167,9 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
         await server.engine.close()
 
 
-async def started(checkpoint: Path, *overrides: str) -> tuple[asyncio.subprocess.Process, str]:
-    """A server in a process of its own, and its address."""
+@asynccontextmanager
+async def started(checkpoint: Path, *overrides: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A server in a process of its own, and its address. It is ended if the test does not end it."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "inference.serve", f"checkpoint={checkpoint}", "port=0", "device=cpu"),
         *("memory_every=1", *overrides),
@@ -143,12 +179,17 @@ async def started(checkpoint: Path, *overrides: str) -> tuple[asyncio.subprocess
         stderr=asyncio.subprocess.STDOUT,
     )
     assert process.stdout is not None
-    printed = ""
-    while (found := re.search(r"listening on (\S+),", printed)) is None:
-        line = await asyncio.wait_for(process.stdout.readline(), 60)
-        assert line, printed
-        printed += line.decode()
-    return process, found.group(1)
+    try:
+        printed = ""
+        while (found := re.search(r"listening on (\S+),", printed)) is None:
+            line = await asyncio.wait_for(process.stdout.readline(), 60)
+            assert line, printed
+            printed += line.decode()
+        yield process, found.group(1)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 @dataclass

@@ -4,9 +4,8 @@ import asyncio
 
 import numpy as np
 import pytest
-import sphn
 import torch
-from live import FRAME, Client, alone, as_float, as_pcm, in_loop, live, short_run, speech
+from live import FRAME, Client, alone, as_float, as_pcm, in_loop, live, short_run, speech, through_opus
 
 from inference.live.protocol import TextPieces
 from moshi_ttt.integration import ttt_layers
@@ -47,14 +46,10 @@ async def test_moshis_own_protocol_with_opus(checkpoint):
     ):
         heard = await Client(ws, opus=True).talk(user)
     assert heard.metadata == []  # only for those who ask
-    writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
-    sent = [reader.append_bytes(writer.append_pcm(frame)) for frame in as_float(user).reshape(-1, FRAME)]
-    audio, text = alone(checkpoint, np.concatenate(sent), 3)
-    writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
-    expected = [reader.append_bytes(writer.append_pcm(frame)) for frame in audio.reshape(-1, FRAME)]
+    audio, text = alone(checkpoint, through_opus(as_float(user)), 3)
     assert text.startswith(heard.text)  # that of the last frame comes after its sound
     assert len(text) - len(heard.text) < 5
-    assert np.array_equal(heard.pcm, (np.concatenate(expected) * 32768).astype("<i2"))
+    assert np.array_equal(heard.pcm, (through_opus(audio) * 32768).astype("<i2"))
 
 
 @in_loop

@@ -10,7 +10,7 @@ import sys
 import aiohttp
 import numpy as np
 import pytest
-from live import Client, alone, as_float, as_pcm, in_loop, live, short_run, speech, started
+from live import Client, alone, as_float, as_pcm, certificate, in_loop, live, short_run, speech, started
 from training import ROOT
 
 from inference.live.access import Access
@@ -98,32 +98,13 @@ def test_a_folder_without_a_page_is_refused_before_anything_is_loaded(tmp_path):
         check_config(ServeConfig("-", static=str(tmp_path / "empty")))
 
 
-def certificate(folder):
-    """A folder with a certificate for 127.0.0.1 that nobody has signed but its own key."""
-    folder.mkdir()
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-    ]
-    command += ["-keyout", folder / "key.pem", "-out", folder / "cert.pem", "-days", "2", "-subj", "/CN=test"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
-
-
 @in_loop
 async def test_https_is_spoken_and_nothing_else(checkpoint, tmp_path):
     tls = certificate(tmp_path / "tls")
     trusting = ssl.create_default_context(cafile=tls / "cert.pem")
-    process, url = await started(checkpoint, f"tls={tls}", "slots=1", "seed=4")
-    assert url.startswith("https://127.0.0.1:")
-    async with aiohttp.ClientSession() as http:
+    settings = (f"tls={tls}", "slots=1", "seed=4")
+    async with started(checkpoint, *settings) as (process, url), aiohttp.ClientSession() as http:
+        assert url.startswith("https://127.0.0.1:")
         async with http.get(f"{url}/healthz", ssl=trusting) as answer:
             assert (await answer.json())["status"] == "ok"
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
@@ -147,11 +128,11 @@ async def test_https_is_spoken_and_nothing_else(checkpoint, tmp_path):
             heard = await client.talk(speech(8))
             process.send_signal(signal.SIGTERM)
             assert await client.closed() == 1001
-    assert process.stdout is not None
-    printed = (await process.stdout.read()).decode()
-    assert await asyncio.wait_for(process.wait(), 20) == 0
-    assert printed.endswith("stopped\n")
-    assert "can be read on the way" not in printed
+        assert process.stdout is not None
+        printed = (await process.stdout.read()).decode()
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert printed.endswith("stopped\n")
+        assert "can be read on the way" not in printed
     audio, _ = alone(checkpoint, as_float(speech(8)), 4)
     assert np.array_equal(heard.pcm, as_pcm(audio))
 

@@ -95,17 +95,18 @@ async def test_a_server_that_is_stopped_says_goodbye_saves_and_goes_on(checkpoin
     user, heard, code = speech(16), [], []
     session, stops = "new", (signal.SIGTERM, signal.SIGINT)
     for part, stop in zip((user[: 8 * FRAME], user[8 * FRAME :]), stops, strict=True):
-        process, url = await started(checkpoint, f"sessions.folder={tmp_path / 's'}", "slots=1", "seed=4")
-        query = f"audio=pcm&metadata=1&session={session}"
-        async with aiohttp.ClientSession() as http, http.ws_connect(f"{url}/api/chat?{query}") as ws:
-            client = Client(ws)
-            heard.append(await client.talk(part))
-            process.send_signal(stop)
-            await client.closed()
-            assert client.goodbye == (1001, "the server stops; goodbye")
-        assert process.stdout is not None
-        printed = (await process.stdout.read()).decode()
-        code.append(await asyncio.wait_for(process.wait(), 20))
+        settings = (f"sessions.folder={tmp_path / 's'}", "slots=1", "seed=4")
+        async with started(checkpoint, *settings) as (process, url), aiohttp.ClientSession() as http:
+            query = f"audio=pcm&metadata=1&session={session}"
+            async with http.ws_connect(f"{url}/api/chat?{query}") as ws:
+                client = Client(ws)
+                heard.append(await client.talk(part))
+                process.send_signal(stop)
+                await client.closed()
+                assert client.goodbye == (1001, "the server stops; goodbye")
+            assert process.stdout is not None
+            printed = (await process.stdout.read()).decode()
+            code.append(await asyncio.wait_for(process.wait(), 20))
         session = heard[0].metadata[0]["session"]
         assert session not in printed
         assert "conversation 1 ends" in printed

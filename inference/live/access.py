@@ -90,7 +90,7 @@ class Access:
         if origin is None or origin in self._origins:
             return None
         parts = urlsplit(origin)
-        # Where https is spoken, a page that came over http may be anybody's. Where it is not, a proxy may speak it.
+        # Where https is spoken, a page that came over http may be anybody's. Else a proxy may speak it.
         ours = ("https",) if request.secure else ("http", "https")
         if parts.scheme in ours and parts.netloc == request.host:
             return None
