@@ -178,9 +178,11 @@ async def serve(config: ServeConfig, server: Server) -> None:
     finally:
         await runner.cleanup()
         driver.cancel()
-        with suppress(asyncio.CancelledError):
-            await driver
-        await server.engine.close()
+        try:
+            with suppress(asyncio.CancelledError):
+                await driver
+        finally:
+            await server.engine.close()
     logger.info("stopped")
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from training import ROOT, dialogue, run
 
 from inference.live.access import Access
 from inference.live.application import Server
+from inference.live.conversation import Conversation
 from inference.live.limits import LimitsConfig
 from inference.live.protocol import AUDIO, HANDSHAKE, METADATA, PCM, TEXT, TextPieces
 from inference.live.sessions import SessionsConfig
@@ -117,6 +119,7 @@ class Live:
     server: Server
     url: str
     http: aiohttp.ClientSession
+    runner: web.AppRunner
 
     def chat(self, query: str = "", **options):
         """An open WebSocket of a client that speaks PCM and wants metadata."""
@@ -132,6 +135,11 @@ class Live:
     async def metrics(self) -> str:
         async with self.http.get(f"{self.url}/metrics") as answer:
             return await answer.text()
+
+    def connections(self) -> list[object]:
+        """That are open."""
+        assert self.runner.server is not None
+        return list(self.runner.server.connections)
 
     async def until_free(self, active: int = 0) -> None:
         """Wait until no more than `active` conversations hold a slot."""
@@ -156,7 +164,7 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
         async with aiohttp.ClientSession() as http:
-            yield Live(server, url, http)
+            yield Live(server, url, http, runner)
             assert not driver.done()  # the model's thread is well
     finally:
         await server.say_goodbye()
@@ -165,6 +173,21 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
         with suppress(asyncio.CancelledError):
             await driver
         await server.engine.close()
+
+
+async def first_conversation(server: Live) -> Conversation:
+    async with asyncio.timeout(10):
+        while not server.server._talking:
+            await asyncio.sleep(0.01)
+    return next(iter(server.server._talking))
+
+
+def busy(server: Live) -> threading.Event:
+    """Keep the model's thread from its work until the event is set."""
+    begun, release = threading.Event(), threading.Event()
+    server.server.engine._thread.submit(lambda: (begun.set(), release.wait()))
+    assert begun.wait(20)
+    return release
 
 
 @asynccontextmanager

@@ -71,6 +71,26 @@ async def test_several_at_once_are_each_what_they_are_alone(checkpoint):
 
 
 @in_loop
+async def test_clients_that_send_opus_at_once_do_not_hear_each_other(checkpoint):
+    users = {1: speech(14), 2: speech(14, 40)}
+
+    async def visit(server, seed):
+        async with server.http.ws_connect(f"{server.url}/api/chat?seed={seed}") as ws:
+            return await Client(ws, opus=True).talk(users[seed])
+
+    async with live(checkpoint, slots=2) as server:
+        heard = await asyncio.gather(*(visit(server, seed) for seed in users))
+        assert "malformed_messages_total 0.0" in await server.metrics()
+    for (seed, user), found in zip(users.items(), heard, strict=True):
+        audio, text = alone(checkpoint, through_opus(as_float(user)), seed)
+        assert text.startswith(found.text)
+        assert len(text) - len(found.text) < 5
+        assert len(text) > 5
+        # The last bits of a row's audio differ with others beside it, and Opus makes more of them.
+        assert np.corrcoef(found.pcm, through_opus(audio))[0, 1] > 0.9
+
+
+@in_loop
 async def test_seeds_are_random_and_told(checkpoint):
     async with live(checkpoint) as server:
         seeds = []

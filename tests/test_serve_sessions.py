@@ -9,8 +9,22 @@ import time
 import aiohttp
 import numpy as np
 import pytest
-from live import FRAME, Client, in_loop, live, short_run, speech, started
+from live import (
+    FRAME,
+    Client,
+    alone,
+    as_float,
+    as_pcm,
+    busy,
+    first_conversation,
+    in_loop,
+    live,
+    short_run,
+    speech,
+    started,
+)
 
+from inference.live.sessions import SessionFolder, SessionsConfig
 from inference.rows import Sampling
 
 
@@ -116,3 +130,79 @@ async def test_a_server_that_is_stopped_says_goodbye_saves_and_goes_on(checkpoin
         whole = await Client(ws).talk(user)
     assert np.array_equal(np.concatenate([part.pcm for part in heard]), whole.pcm)
     assert heard[0].text + heard[1].text == whole.text
+
+
+def test_ids_cannot_be_guessed(tmp_path):
+    """Each of an id's characters takes many values, in every place, also in a server that starts anew."""
+    ids = []
+    for _ in range(2):
+        folder = SessionFolder(SessionsConfig(str(tmp_path), most=1000))
+        ids += [folder.take_new() for _ in range(100)]
+    assert len(set(ids)) == 200
+    places = [set(characters) for characters in zip(*ids, strict=True)]
+    assert len(places) == 43  # 42 of 6 bits and one of 4
+    assert all(len(place) > 40 for place in places[:-1])
+    assert len(places[-1]) > 10
+
+
+def test_a_session_expires_when_its_time_is_over_and_not_while_it_is_used(tmp_path):
+    folder = SessionFolder(SessionsConfig(str(tmp_path), keep_hours=1))
+    young, old, used = (folder.take_new() for _ in range(3))
+    for session, age in ((young, 3500), (old, 3700), (used, 3700)):
+        folder.path(session).write_bytes(b"-")
+        os.utime(folder.path(session), (time.time() - age,) * 2)
+    for session in (young, old):
+        folder.give_back(session)
+    folder.sweep()
+    assert [folder.path(session).exists() for session in (young, old, used)] == [True, False, True]
+    folder.give_back(used)
+    folder.sweep()
+    assert not folder.path(used).exists()
+
+
+@in_loop
+async def test_all_conversations_are_saved_where_that_is_the_setting(checkpoint, tmp_path):
+    user = speech(12)
+    async with live(checkpoint, **kept(tmp_path / "s", save="always"), seed=6) as server:
+        async with server.http.ws_connect(f"{server.url}/api/chat?audio=pcm") as ws:
+            session = ws._response.headers["Moshi-TTT-Session"]
+            first = await Client(ws).talk(user[: 6 * FRAME])
+        await server.until_free()
+        async with server.chat(f"session={session}") as ws:
+            second = await Client(ws).talk(user[6 * FRAME :])
+        await server.until_free()
+    async with live(checkpoint, slots=1, seed=6) as server, server.chat() as ws:
+        whole = await Client(ws).talk(user)
+    assert np.array_equal(np.concatenate((first.pcm, second.pcm)), whole.pcm)
+
+
+@in_loop
+async def test_frames_that_waited_when_the_client_left_are_heard_when_it_comes_back(checkpoint, tmp_path):
+    user = speech(16)
+    async with live(checkpoint, **kept(tmp_path / "s"), seed=6) as server:
+        async with server.chat("session=new") as ws:
+            client = Client(ws)
+            session = (await client.talk(user[: 4 * FRAME])).metadata[0]["session"]
+            release = busy(server)
+            conversation = await first_conversation(server)
+            for frame in user[4 * FRAME : 10 * FRAME].reshape(6, FRAME):
+                await client.send(frame)
+            async with asyncio.timeout(20):
+                while len(conversation.inbox) < 5:  # one is on its way to the model
+                    await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            while not conversation.ended.done():
+                await asyncio.sleep(0.01)
+        release.set()
+        await server.until_free()
+        async with server.chat(f"session={session}") as ws:
+            again = Client(ws)
+            await again.send(user[10 * FRAME :][:FRAME])
+            while again.heard.frames < 6:
+                assert await again.receive()
+            heard = await again.talk(user[11 * FRAME :])
+    # What was answered while nobody listened is lost.
+    assert heard.metadata[0]["frame"] in (4, 5)
+    audio, _ = alone(checkpoint, as_float(user), 6)
+    assert np.array_equal(heard.pcm, as_pcm(audio)[-len(heard.pcm) :])
+    assert len(heard.pcm) >= 11 * FRAME
