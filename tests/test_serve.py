@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from live import FRAME, Client, alone, as_float, as_pcm, in_loop, live, short_run, speech, through_opus
+from live import FRAME, Client, alone, as_float, as_pcm, busy, in_loop, live, short_run, speech, through_opus
 
 from inference.live.protocol import TextPieces
 from moshi_ttt.integration import ttt_layers
@@ -111,23 +111,29 @@ async def test_seeds_are_random_and_told(checkpoint):
 
 @in_loop
 async def test_the_memory_of_the_conversation_itself_is_told(checkpoint):
-    """While another conversation has moved its own inner weights far."""
-    async with live(checkpoint) as server, server.chat() as other, server.chat() as ws:
-        await Client(other).talk(speech(20))
-        told = [m for m in (await Client(ws).talk(speech(10))).metadata if "memory" in m]
-        assert [m["frame"] for m in told] == list(range(1, 11))
+    """Of two that have moved their own inner weights, each hears of its own."""
+    async with live(checkpoint) as server, server.chat() as one, server.chat() as other:
         layers = ttt_layers(server.server.engine.model)
-        assert [layer["layer"] for layer in told[4]["memory"]] == [index for index, _ in layers]
-        slot = next(c.stream.slot for c in server.server._talking if c.stream.frames == 10)
-        for (_, layer), numbers in zip(layers, told[9]["memory"], strict=True):
-            ttt = layer.seq_modeling_block.ttt_layer.ttt
-            for index, learned in enumerate(ttt.inner_weights):
-                state = ttt._streaming_state.inner.weights[index].unflatten(0, (-1, ttt.num_heads))[slot]
-                assert numbers["norm"][index] == pytest.approx(state.norm().item())
-                assert numbers["change"][index] == pytest.approx((state - learned).norm().item())
-                assert numbers["change"][index] > 0.01
-            weight = layer.seq_modeling_block.gate.ttt_weight().abs().mean().item()
-            assert numbers["gate"] == pytest.approx(weight)
+        for ws, frames in ((one, 20), (other, 10)):
+            told = [m for m in (await Client(ws).talk(speech(frames))).metadata if "memory" in m]
+            assert [m["frame"] for m in told] == list(range(1, frames + 1))
+            assert [layer["layer"] for layer in told[4]["memory"]] == [index for index, _ in layers]
+            slot = next(c.stream.slot for c in server.server._talking if c.stream.frames == frames)
+            for (_, layer), numbers in zip(layers, told[-1]["memory"], strict=True):
+                ttt = layer.seq_modeling_block.ttt_layer.ttt
+                for index, learned in enumerate(ttt.inner_weights):
+                    state = ttt._streaming_state.inner.weights[index].unflatten(0, (-1, ttt.num_heads))[slot]
+                    assert numbers["norm"][index] == pytest.approx(state.norm().item())
+                    assert numbers["change"][index] == pytest.approx((state - learned).norm().item())
+                    assert numbers["change"][index] > 0.01
+                weight = layer.seq_modeling_block.gate.ttt_weight().abs().mean().item()
+                assert numbers["gate"] == pytest.approx(weight)
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 @in_loop
@@ -139,16 +145,26 @@ async def test_a_conversation_whose_state_breaks_is_ended_alone(checkpoint):
         async with server.chat("seed=2") as ws:
             ill = Client(ws)
             await ill.talk(speech(4))
-            slot = next(c.stream.slot for c in server.server._talking if c.stream.frames == 4)
+            talking = {c.stream.frames: c for c in server.server._talking}
             ttt = ttt_layers(server.server.engine.model)[0][1].seq_modeling_block.ttt_layer.ttt
+            slot = talking[4].stream.slot
             heads = slice(slot * ttt.num_heads, (slot + 1) * ttt.num_heads)
+            # Both wait for the same step, in which the one is found broken.
+            release = busy(server)
             ttt._streaming_state.inner.weights[0][heads] = torch.nan
+            await well.send(user[8 * FRAME :][:FRAME])
+            await until(lambda: not server.server.engine._thread._work_queue.empty())
+            await well.send(user[9 * FRAME :][:FRAME])
             await ill.send(speech(1))
+            await until(lambda: all(c.inbox for c in talking.values()))
+            release.set()
             assert await ill.closed() == 1011
         await server.until_free(1)
         async with server.chat("seed=2") as ws:
             after = await Client(ws).talk(speech(6))
-        heard = await well.talk(user[8 * FRAME :])
+        while well.heard.frames < 10:
+            assert await well.receive()
+        heard = await well.talk(user[10 * FRAME :])
         assert 'moshi_ttt_errors_total{kind="inner_state"} 1.0' in await server.metrics()
     assert_heard(heard, alone(checkpoint, as_float(user), 1))
     assert_heard(after, alone(checkpoint, as_float(speech(6)), 2))
