@@ -21,7 +21,7 @@ from inference.live.application import Server, Settings
 from inference.live.engine import Engine
 from inference.live.limits import LimitsConfig
 from inference.live.metrics import Metrics
-from inference.live.routes import application
+from inference.live.routes import application, index_of
 from inference.live.sessions import SessionFolder, SessionsConfig
 from inference.rows import Sampling
 from inference.session import session_identity
@@ -100,6 +100,9 @@ def check_config(config: ServeConfig) -> None:
         )
     if config.seed is not None and not 0 <= config.seed < 2**53:
         raise ValueError(f"seed must be from 0 to 2^53 - 1, got {config.seed}")
+    if config.static is not None:
+        index_of(Path(config.static).expanduser())
+    tls_context(config.tls)
 
 
 def build_server(config: ServeConfig, access: Access) -> Server:
@@ -124,7 +127,12 @@ def build_server(config: ServeConfig, access: Access) -> Server:
     return Server(engine, load_tokenizer(loaded.base), access, sessions, settings, metrics)
 
 
-def _tls(folder: str | None) -> ssl.SSLContext | None:
+def tls_context(folder: str | None) -> ssl.SSLContext | None:
+    """What speaks https with the certificate in a folder; None for none.
+
+    Raises:
+        ValueError: the folder holds no certificate and key that belong together.
+    """
     if folder is None:
         return None
     path = Path(folder).expanduser()
@@ -159,7 +167,7 @@ async def serve(config: ServeConfig, server: Server) -> None:
     await runner.setup()
     driver = asyncio.create_task(server.engine.run())
     try:
-        await web.TCPSite(runner, config.host, config.port, ssl_context=_tls(config.tls)).start()
+        await web.TCPSite(runner, config.host, config.port, ssl_context=tls_context(config.tls)).start()
         scheme = "https" if config.tls else "http"
         host, port = runner.addresses[0][:2]
         logger.info("listening on %s://%s:%d, %d slots", scheme, host, port, config.slots)
@@ -170,9 +178,11 @@ async def serve(config: ServeConfig, server: Server) -> None:
     finally:
         await runner.cleanup()
         driver.cancel()
-        with suppress(asyncio.CancelledError):
-            await driver
-        await server.engine.close()
+        try:
+            with suppress(asyncio.CancelledError):
+                await driver
+        finally:
+            await server.engine.close()
     logger.info("stopped")
 
 

@@ -4,7 +4,12 @@ import asyncio
 import base64
 import functools
 import json
-from collections.abc import Awaitable, Callable
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +17,21 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import sphn
+import torch
 from aiohttp import web
-from training import dialogue, run
+from training import ROOT, dialogue, run
 
 from inference.live.access import Access
 from inference.live.application import Server
+from inference.live.conversation import Conversation
 from inference.live.limits import LimitsConfig
-from inference.live.protocol import AUDIO, HANDSHAKE, METADATA, PCM, TEXT
+from inference.live.protocol import AUDIO, HANDSHAKE, METADATA, PCM, TEXT, TextPieces
 from inference.live.sessions import SessionsConfig
+from inference.rows import Sampling
 from inference.serve import ServeConfig, app_runner, build_server, check_config
+from inference.stream import open_stream
+from moshi_ttt.checkpoint import load_checkpoint
+from moshi_ttt.loading import load_mimi, load_tokenizer
 
 FRAME = 1920
 
@@ -48,6 +59,64 @@ def speech(frames: int, start: int = 0) -> np.ndarray:
     return (clip * 32768).round().astype("<i2")
 
 
+CPU = torch.device("cpu")
+
+
+def alone(
+    checkpoint: Path, samples: np.ndarray, seed: int, device: torch.device = CPU
+) -> tuple[np.ndarray, str]:
+    """What `open_stream` answers to samples: audio `[n]`, and text."""
+    return next(each_alone(checkpoint, [samples], seed, device))
+
+
+def each_alone(
+    checkpoint: Path, several: Iterable[np.ndarray], seed: int, device: torch.device = CPU
+) -> Iterator[tuple[np.ndarray, str]]:
+    """What `open_stream` answers to each of several recordings, in a conversation of its own."""
+    loaded = load_checkpoint(checkpoint, device)
+    mimi, tokenizer = load_mimi(loaded.base, device), load_tokenizer(loaded.base)
+    for samples in several:
+        pieces = TextPieces(tokenizer, (0, 3))
+        with open_stream(loaded.model, mimi, Sampling(seed=seed)) as stream:
+            frames = list(stream.hear(torch.from_numpy(samples)))
+        text = "".join(pieces.text(int(frame.tokens[0, 0, 0])) for frame in frames)
+        yield torch.cat([frame.audio for frame in frames]).numpy(), text
+
+
+def as_float(pcm: np.ndarray) -> np.ndarray:
+    return pcm.astype(np.float32) / 32768
+
+
+def as_pcm(audio: np.ndarray) -> np.ndarray:
+    return (audio * 32768).round().clip(-32768, 32767).astype("<i2")
+
+
+def through_opus(samples: np.ndarray) -> np.ndarray:
+    """What arrives of samples that are sent frame by frame."""
+    writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
+    sent = (writer.append_pcm(frame) for frame in samples.reshape(-1, FRAME))
+    return np.concatenate([reader.append_bytes(page) for page in sent])
+
+
+def certificate(folder: Path) -> Path:
+    """A folder with a certificate for 127.0.0.1 that nobody has signed but its own key."""
+    folder.mkdir()
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+    ]
+    command += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem"), "-days", "2"]
+    command += ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
 @dataclass
 class Live:
     """A server that answers at `url`."""
@@ -55,6 +124,7 @@ class Live:
     server: Server
     url: str
     http: aiohttp.ClientSession
+    runner: web.AppRunner
 
     def chat(self, query: str = "", **options):
         """An open WebSocket of a client that speaks PCM and wants metadata."""
@@ -70,6 +140,11 @@ class Live:
     async def metrics(self) -> str:
         async with self.http.get(f"{self.url}/metrics") as answer:
             return await answer.text()
+
+    def connections(self) -> list[object]:
+        """That are open."""
+        assert self.runner.server is not None
+        return list(self.runner.server.connections)
 
     async def until_free(self, active: int = 0) -> None:
         """Wait until no more than `active` conversations hold a slot."""
@@ -94,7 +169,7 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
         async with aiohttp.ClientSession() as http:
-            yield Live(server, url, http)
+            yield Live(server, url, http, runner)
             assert not driver.done()  # the model's thread is well
     finally:
         await server.say_goodbye()
@@ -103,6 +178,46 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
         with suppress(asyncio.CancelledError):
             await driver
         await server.engine.close()
+
+
+async def first_conversation(server: Live) -> Conversation:
+    async with asyncio.timeout(10):
+        while not server.server._talking:
+            await asyncio.sleep(0.01)
+    return next(iter(server.server._talking))
+
+
+def busy(server: Live) -> threading.Event:
+    """Keep the model's thread from its work until the event is set."""
+    begun, release = threading.Event(), threading.Event()
+    server.server.engine._thread.submit(lambda: (begun.set(), release.wait()))
+    assert begun.wait(20)
+    return release
+
+
+@asynccontextmanager
+async def started(checkpoint: Path, *overrides: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A server in a process of its own, and its address. It is ended if the test does not end it."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "inference.serve", f"checkpoint={checkpoint}", "port=0", "device=cpu"),
+        *("memory_every=1", *overrides),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    try:
+        printed = ""
+        while (found := re.search(r"listening on (\S+),", printed)) is None:
+            line = await asyncio.wait_for(process.stdout.readline(), 60)
+            assert line, printed
+            printed += line.decode()
+        yield process, found.group(1)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 @dataclass

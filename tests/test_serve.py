@@ -1,48 +1,19 @@
 """A live server: what each client hears is what the model says to it alone."""
 
 import asyncio
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sphn
 import torch
-from live import FRAME, Client, in_loop, live, short_run, speech
+from live import FRAME, Client, alone, as_float, as_pcm, busy, in_loop, live, short_run, speech, through_opus
 
 from inference.live.protocol import TextPieces
-from inference.rows import Sampling
-from inference.stream import open_stream
-from moshi_ttt.checkpoint import load_checkpoint
 from moshi_ttt.integration import ttt_layers
-from moshi_ttt.loading import load_mimi, load_tokenizer
-
-CPU = torch.device("cpu")
-
+from moshi_ttt.loading import load_tokenizer
 
 @pytest.fixture(scope="module")
 def checkpoint(private_cache, tmp_path_factory):
     return short_run(tmp_path_factory.mktemp("serve"))
-
-
-def alone(
-    checkpoint: Path, samples: np.ndarray, seed: int, device: torch.device = CPU
-) -> tuple[np.ndarray, str]:
-    """What `open_stream` answers to samples: audio `[n]`, and text."""
-    loaded = load_checkpoint(checkpoint, device)
-    mimi = load_mimi(loaded.base, device)
-    pieces = TextPieces(load_tokenizer(loaded.base), (0, 3))
-    with open_stream(loaded.model, mimi, Sampling(seed=seed)) as stream:
-        frames = list(stream.hear(torch.from_numpy(samples)))
-    text = "".join(pieces.text(int(frame.tokens[0, 0, 0])) for frame in frames)
-    return torch.cat([frame.audio for frame in frames]).numpy(), text
-
-
-def as_float(pcm: np.ndarray) -> np.ndarray:
-    return pcm.astype(np.float32) / 32768
-
-
-def as_pcm(audio: np.ndarray) -> np.ndarray:
-    return (audio * 32768).round().clip(-32768, 32767).astype("<i2")
 
 
 def assert_heard(heard, expected):
@@ -74,14 +45,10 @@ async def test_moshis_own_protocol_with_opus(checkpoint):
     ):
         heard = await Client(ws, opus=True).talk(user)
     assert heard.metadata == []  # only for those who ask
-    writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
-    sent = [reader.append_bytes(writer.append_pcm(frame)) for frame in as_float(user).reshape(-1, FRAME)]
-    audio, text = alone(checkpoint, np.concatenate(sent), 3)
-    writer, reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
-    expected = [reader.append_bytes(writer.append_pcm(frame)) for frame in audio.reshape(-1, FRAME)]
+    audio, text = alone(checkpoint, through_opus(as_float(user)), 3)
     assert text.startswith(heard.text)  # that of the last frame comes after its sound
     assert len(text) - len(heard.text) < 5
-    assert np.array_equal(heard.pcm, (np.concatenate(expected) * 32768).astype("<i2"))
+    assert np.array_equal(heard.pcm, (through_opus(audio) * 32768).astype("<i2"))
 
 
 @in_loop
@@ -100,6 +67,26 @@ async def test_several_at_once_are_each_what_they_are_alone(checkpoint):
         heard.append(await visit(server, 3, 0, 4))  # in the place of another
     for seed, user in users.items():
         assert_heard(heard[seed], alone(checkpoint, as_float(user), seed))
+
+
+@in_loop
+async def test_clients_that_send_opus_at_once_do_not_hear_each_other(checkpoint):
+    users = {1: speech(14), 2: speech(14, 40)}
+
+    async def visit(server, seed):
+        async with server.http.ws_connect(f"{server.url}/api/chat?seed={seed}") as ws:
+            return await Client(ws, opus=True).talk(users[seed])
+
+    async with live(checkpoint, slots=2) as server:
+        heard = await asyncio.gather(*(visit(server, seed) for seed in users))
+        assert "malformed_messages_total 0.0" in await server.metrics()
+    for (seed, user), found in zip(users.items(), heard, strict=True):
+        audio, text = alone(checkpoint, through_opus(as_float(user)), seed)
+        assert text.startswith(found.text)
+        assert len(text) - len(found.text) < 5
+        assert len(text) > 5
+        # The last bits of a row's audio differ with others beside it, and Opus makes more of them.
+        assert np.corrcoef(found.pcm, through_opus(audio))[0, 1] > 0.9
 
 
 @in_loop
@@ -123,23 +110,29 @@ async def test_seeds_are_random_and_told(checkpoint):
 
 @in_loop
 async def test_the_memory_of_the_conversation_itself_is_told(checkpoint):
-    """While another conversation has moved its own inner weights far."""
-    async with live(checkpoint) as server, server.chat() as other, server.chat() as ws:
-        await Client(other).talk(speech(20))
-        told = [m for m in (await Client(ws).talk(speech(10))).metadata if "memory" in m]
-        assert [m["frame"] for m in told] == list(range(1, 11))
+    """Of two that have moved their own inner weights, each hears of its own."""
+    async with live(checkpoint) as server, server.chat() as one, server.chat() as other:
         layers = ttt_layers(server.server.engine.model)
-        assert [layer["layer"] for layer in told[4]["memory"]] == [index for index, _ in layers]
-        slot = next(c.stream.slot for c in server.server._talking if c.stream.frames == 10)
-        for (_, layer), numbers in zip(layers, told[9]["memory"], strict=True):
-            ttt = layer.seq_modeling_block.ttt_layer.ttt
-            for index, learned in enumerate(ttt.inner_weights):
-                state = ttt._streaming_state.inner.weights[index].unflatten(0, (-1, ttt.num_heads))[slot]
-                assert numbers["norm"][index] == pytest.approx(state.norm().item())
-                assert numbers["change"][index] == pytest.approx((state - learned).norm().item())
-                assert numbers["change"][index] > 0.01
-            weight = layer.seq_modeling_block.gate.ttt_weight().abs().mean().item()
-            assert numbers["gate"] == pytest.approx(weight)
+        for ws, frames in ((one, 20), (other, 10)):
+            told = [m for m in (await Client(ws).talk(speech(frames))).metadata if "memory" in m]
+            assert [m["frame"] for m in told] == list(range(1, frames + 1))
+            assert [layer["layer"] for layer in told[4]["memory"]] == [index for index, _ in layers]
+            slot = next(c.stream.slot for c in server.server._talking if c.stream.frames == frames)
+            for (_, layer), numbers in zip(layers, told[-1]["memory"], strict=True):
+                ttt = layer.seq_modeling_block.ttt_layer.ttt
+                for index, learned in enumerate(ttt.inner_weights):
+                    state = ttt._streaming_state.inner.weights[index].unflatten(0, (-1, ttt.num_heads))[slot]
+                    assert numbers["norm"][index] == pytest.approx(state.norm().item())
+                    assert numbers["change"][index] == pytest.approx((state - learned).norm().item())
+                    assert numbers["change"][index] > 0.01
+                weight = layer.seq_modeling_block.gate.ttt_weight().abs().mean().item()
+                assert numbers["gate"] == pytest.approx(weight)
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 @in_loop
@@ -151,16 +144,26 @@ async def test_a_conversation_whose_state_breaks_is_ended_alone(checkpoint):
         async with server.chat("seed=2") as ws:
             ill = Client(ws)
             await ill.talk(speech(4))
-            slot = next(c.stream.slot for c in server.server._talking if c.stream.frames == 4)
+            talking = {c.stream.frames: c for c in server.server._talking}
             ttt = ttt_layers(server.server.engine.model)[0][1].seq_modeling_block.ttt_layer.ttt
+            slot = talking[4].stream.slot
             heads = slice(slot * ttt.num_heads, (slot + 1) * ttt.num_heads)
+            # Both wait for the same step, in which the one is found broken.
+            release = busy(server)
             ttt._streaming_state.inner.weights[0][heads] = torch.nan
+            await well.send(user[8 * FRAME :][:FRAME])
+            await until(lambda: not server.server.engine._thread._work_queue.empty())
+            await well.send(user[9 * FRAME :][:FRAME])
             await ill.send(speech(1))
+            await until(lambda: all(c.inbox for c in talking.values()))
+            release.set()
             assert await ill.closed() == 1011
         await server.until_free(1)
         async with server.chat("seed=2") as ws:
             after = await Client(ws).talk(speech(6))
-        heard = await well.talk(user[8 * FRAME :])
+        while well.heard.frames < 10:
+            assert await well.receive()
+        heard = await well.talk(user[10 * FRAME :])
         assert 'moshi_ttt_errors_total{kind="inner_state"} 1.0' in await server.metrics()
     assert_heard(heard, alone(checkpoint, as_float(user), 1))
     assert_heard(after, alone(checkpoint, as_float(speech(6)), 2))

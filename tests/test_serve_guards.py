@@ -3,12 +3,13 @@
 import asyncio
 import base64
 import random
+import time
 from contextlib import suppress
 
 import aiohttp
 import numpy as np
 import pytest
-from live import FRAME, Client, in_loop, live, short_run, speech
+from live import FRAME, Client, first_conversation, in_loop, live, short_run, speech
 from prometheus_client.parser import text_string_to_metric_families
 
 from inference.live.access import Access, is_loopback, read_token
@@ -34,14 +35,18 @@ def counts(metrics: str) -> dict[tuple[str, ...], float]:
 
 @in_loop
 async def test_a_full_server_says_so_before_the_upgrade(checkpoint):
+    started = time.monotonic()
     async with live(checkpoint, slots=2) as server:
         async with server.chat() as first, server.chat():
+            assert counts(await server.metrics())["moshi_ttt_slots_active",] == 2
             assert await server.refused() == (503, "all places are taken; try again later\n")
             await Client(first).talk(speech(3))
         await server.until_free()
+        assert counts(await server.metrics())["moshi_ttt_slots_active",] == 0
         async with server.chat() as ws:
             await Client(ws).talk(speech(2))
             found = counts(await server.metrics())
+    assert 0 < found["moshi_ttt_step_seconds_sum",] < time.monotonic() - started
     assert found["moshi_ttt_slots",] == 2
     assert found["moshi_ttt_slots_active",] == 1
     assert found["moshi_ttt_rejected_total", "full"] == 1
@@ -83,7 +88,14 @@ async def test_pages_of_other_sites_are_refused(checkpoint):
     friend = "https://friend.example"
     async with live(checkpoint, Access(None, [friend])) as server:
         port = server.url.rpartition(":")[2]
-        for origin in ("https://evil.example", "null", "http://127.0.0.1:1", friend + ":1", "file://"):
+        for origin in (
+            "https://evil.example",
+            "null",
+            "http://127.0.0.1:1",
+            friend + ":1",
+            "file://",
+            f"http://x127.0.0.1:{port}",
+        ):
             status, text = await server.refused(Origin=origin)
             assert (status, text[:23]) == (403, "pages of other sites ma"), origin
         # A name of the attacker's own that resolves to this machine.
@@ -211,13 +223,6 @@ async def test_late_frames_are_dropped_and_counted(checkpoint):
         found = counts(await server.metrics())
     assert found["moshi_ttt_frames_dropped_total", "in"] == dropped
     assert found["moshi_ttt_frames_dropped_total", "out"] == 25
-
-
-async def first_conversation(server):
-    async with asyncio.timeout(10):
-        while not server.server._talking:
-            await asyncio.sleep(0.01)
-    return next(iter(server.server._talking))
 
 
 def garbage(chance: random.Random) -> bytes | str:

@@ -4,15 +4,27 @@ import asyncio
 import os
 import re
 import signal
-import sys
 import time
 
 import aiohttp
 import numpy as np
 import pytest
-from live import FRAME, Client, in_loop, live, short_run, speech
-from training import ROOT
+from live import (
+    FRAME,
+    Client,
+    alone,
+    as_float,
+    as_pcm,
+    busy,
+    first_conversation,
+    in_loop,
+    live,
+    short_run,
+    speech,
+    started,
+)
 
+from inference.live.sessions import SessionFolder, SessionsConfig
 from inference.rows import Sampling
 
 
@@ -92,41 +104,23 @@ async def test_only_a_known_free_fresh_session_is_opened(checkpoint, tmp_path):
         assert await server.refused("/api/chat?session=new") == (400, "this server saves no sessions\n")
 
 
-async def started(checkpoint, folder, *overrides):
-    """A server in a process of its own, and its address."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "inference.serve", f"checkpoint={checkpoint}", "port=0", "device=cpu"),
-        *("memory_every=1", f"sessions.folder={folder}", *overrides),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    assert process.stdout is not None
-    printed = ""
-    while "listening on " not in printed:
-        line = await asyncio.wait_for(process.stdout.readline(), 60)
-        assert line, printed
-        printed += line.decode()
-    return process, re.search(r"listening on (\S+),", printed).group(1)
-
-
 @in_loop
 async def test_a_server_that_is_stopped_says_goodbye_saves_and_goes_on(checkpoint, tmp_path):
     user, heard, code = speech(16), [], []
     session, stops = "new", (signal.SIGTERM, signal.SIGINT)
     for part, stop in zip((user[: 8 * FRAME], user[8 * FRAME :]), stops, strict=True):
-        process, url = await started(checkpoint, tmp_path / "s", "slots=1", "seed=4")
-        query = f"audio=pcm&metadata=1&session={session}"
-        async with aiohttp.ClientSession() as http, http.ws_connect(f"{url}/api/chat?{query}") as ws:
-            client = Client(ws)
-            heard.append(await client.talk(part))
-            process.send_signal(stop)
-            await client.closed()
-            assert client.goodbye == (1001, "the server stops; goodbye")
-        assert process.stdout is not None
-        printed = (await process.stdout.read()).decode()
-        code.append(await asyncio.wait_for(process.wait(), 20))
+        settings = (f"sessions.folder={tmp_path / 's'}", "slots=1", "seed=4")
+        async with started(checkpoint, *settings) as (process, url), aiohttp.ClientSession() as http:
+            query = f"audio=pcm&metadata=1&session={session}"
+            async with http.ws_connect(f"{url}/api/chat?{query}") as ws:
+                client = Client(ws)
+                heard.append(await client.talk(part))
+                process.send_signal(stop)
+                await client.closed()
+                assert client.goodbye == (1001, "the server stops; goodbye")
+            assert process.stdout is not None
+            printed = (await process.stdout.read()).decode()
+            code.append(await asyncio.wait_for(process.wait(), 20))
         session = heard[0].metadata[0]["session"]
         assert session not in printed
         assert "conversation 1 ends" in printed
@@ -136,3 +130,79 @@ async def test_a_server_that_is_stopped_says_goodbye_saves_and_goes_on(checkpoin
         whole = await Client(ws).talk(user)
     assert np.array_equal(np.concatenate([part.pcm for part in heard]), whole.pcm)
     assert heard[0].text + heard[1].text == whole.text
+
+
+def test_ids_cannot_be_guessed(tmp_path):
+    """Each of an id's characters takes many values, in every place, also in a server that starts anew."""
+    ids = []
+    for _ in range(2):
+        folder = SessionFolder(SessionsConfig(str(tmp_path), most=1000))
+        ids += [folder.take_new() for _ in range(100)]
+    assert len(set(ids)) == 200
+    places = [set(characters) for characters in zip(*ids, strict=True)]
+    assert len(places) == 43  # 42 of 6 bits and one of 4
+    assert all(len(place) > 40 for place in places[:-1])
+    assert len(places[-1]) > 10
+
+
+def test_a_session_expires_when_its_time_is_over_and_not_while_it_is_used(tmp_path):
+    folder = SessionFolder(SessionsConfig(str(tmp_path), keep_hours=1))
+    young, old, used = (folder.take_new() for _ in range(3))
+    for session, age in ((young, 3500), (old, 3700), (used, 3700)):
+        folder.path(session).write_bytes(b"-")
+        os.utime(folder.path(session), (time.time() - age,) * 2)
+    for session in (young, old):
+        folder.give_back(session)
+    folder.sweep()
+    assert [folder.path(session).exists() for session in (young, old, used)] == [True, False, True]
+    folder.give_back(used)
+    folder.sweep()
+    assert not folder.path(used).exists()
+
+
+@in_loop
+async def test_all_conversations_are_saved_where_that_is_the_setting(checkpoint, tmp_path):
+    user = speech(12)
+    async with live(checkpoint, **kept(tmp_path / "s", save="always"), seed=6) as server:
+        async with server.http.ws_connect(f"{server.url}/api/chat?audio=pcm") as ws:
+            session = ws._response.headers["Moshi-TTT-Session"]
+            first = await Client(ws).talk(user[: 6 * FRAME])
+        await server.until_free()
+        async with server.chat(f"session={session}") as ws:
+            second = await Client(ws).talk(user[6 * FRAME :])
+        await server.until_free()
+    async with live(checkpoint, slots=1, seed=6) as server, server.chat() as ws:
+        whole = await Client(ws).talk(user)
+    assert np.array_equal(np.concatenate((first.pcm, second.pcm)), whole.pcm)
+
+
+@in_loop
+async def test_frames_that_waited_when_the_client_left_are_heard_when_it_comes_back(checkpoint, tmp_path):
+    user = speech(16)
+    async with live(checkpoint, **kept(tmp_path / "s"), seed=6) as server:
+        async with server.chat("session=new") as ws:
+            client = Client(ws)
+            session = (await client.talk(user[: 4 * FRAME])).metadata[0]["session"]
+            release = busy(server)
+            conversation = await first_conversation(server)
+            for frame in user[4 * FRAME : 10 * FRAME].reshape(6, FRAME):
+                await client.send(frame)
+            async with asyncio.timeout(20):
+                while len(conversation.inbox) < 5:  # one is on its way to the model
+                    await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            while not conversation.ended.done():
+                await asyncio.sleep(0.01)
+        release.set()
+        await server.until_free()
+        async with server.chat(f"session={session}") as ws:
+            again = Client(ws)
+            await again.send(user[10 * FRAME :][:FRAME])
+            while again.heard.frames < 6:
+                assert await again.receive()
+            heard = await again.talk(user[11 * FRAME :])
+    # What was answered while nobody listened is lost.
+    assert heard.metadata[0]["frame"] in (4, 5)
+    audio, _ = alone(checkpoint, as_float(user), 6)
+    assert np.array_equal(heard.pcm, as_pcm(audio)[-len(heard.pcm) :])
+    assert len(heard.pcm) >= 11 * FRAME

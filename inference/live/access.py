@@ -90,7 +90,9 @@ class Access:
         if origin is None or origin in self._origins:
             return None
         parts = urlsplit(origin)
-        if parts.scheme in ("http", "https") and parts.netloc == request.host:
+        # Where https is spoken, a page that came over http may be anybody's. Else a proxy may speak it.
+        ours = ("https",) if request.secure else ("http", "https")
+        if parts.scheme in ours and parts.netloc == request.host:
             return None
         return "pages of other sites may not talk to this server; add theirs to origins"
 

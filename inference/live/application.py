@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,7 +214,10 @@ class Server:
                 if wish.metadata:
                     await ws.send_bytes(metadata(self._about(conversation, session)))
                 ending = await conversation.talk(ws)
-                await ws.close(code=ending.code, message=ending.why.encode())
+                # Who reads nothing takes no goodbye either, and may not keep its place for that.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._settings.limits.leave_sec):
+                        await ws.close(code=ending.code, message=ending.why.encode())
                 how, why = ending.kind, ending.why
             except ConnectionResetError:
                 how, why = "vanished", "the client is gone"

@@ -27,6 +27,14 @@ _OUR_PAGE = _EVERYWHERE | {
 }
 
 
+def index_of(static: Path) -> Path:
+    """The page in a folder. Raises ValueError where there is none."""
+    index = static / "index.html"
+    if not index.is_file():
+        raise ValueError(f"static={static} holds no index.html; give the folder of Moshi's web page")
+    return index
+
+
 def application(server: Server, static: Path | None = None) -> web.Application:
     """The server's addresses.
 
@@ -47,9 +55,7 @@ def application(server: Server, static: Path | None = None) -> web.Application:
         for path in _PAGE_FILES:
             app.router.add_get(path, _page_file)
         return app
-    index = static / "index.html"
-    if not index.is_file():
-        raise ValueError(f"static={static} holds no index.html; give the folder of Moshi's web page")
+    index = index_of(static)
 
     async def root(request: web.Request) -> web.StreamResponse:
         return web.FileResponse(index)

@@ -52,16 +52,20 @@ class OpusSound:
             try:
                 parts.append(self._reader.append_bytes(payload[start : start + _SLICE_BYTES]))
             except ValueError as error:
-                # A reader that failed reads nothing more. The next starts with the next page.
-                self._reader = sphn.OpusStreamReader(self._sample_rate)
+                self._start_anew()
                 raise Malformed(f"no Opus in Ogg: {error}") from error
             count += parts[-1].shape[0]
             if count > most:
+                self._start_anew()
                 raise Malformed(f"more than {most} samples in one message")
         samples = np.concatenate(parts)
         if not np.isfinite(samples).all():
             raise Malformed("NaN or infinite samples")
         return samples
+
+    def _start_anew(self) -> None:
+        """A reader that failed, or stopped in a page, reads no other. A new one starts with the next page."""
+        self._reader = sphn.OpusStreamReader(self._sample_rate)
 
     def encode(self, samples: np.ndarray) -> bytes:
         return self._writer.append_pcm(samples)
