@@ -344,3 +344,25 @@ def test_speech_is_known_by_its_recordings(tmp_path):
 def test_settings_that_cannot_work_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         RecallConfig(**change).validate()
+
+
+def test_the_stored_table_shows_what_the_readme_says():
+    report = json.loads((STORE.parent / "recall.json").read_text())
+    arms, chance = report["arms"], report["chance"]
+    assert report["seeds"] == dict.fromkeys(ARMS, 5)
+    sizes = [arm["parameters"] for arm in arms.values()]
+    assert max(sizes) / min(sizes) < 1.02
+    for memory in ("ttt_linear", "ttt_mlp", "ttt_mlp_3", "persistent_on", "persistent_off"):
+        right = arms[memory]["streaming"]
+        assert all(right[distance][0] >= 0.99 for distance in ("1", "2", "5", "10", "20", "50", "200")), (
+            memory
+        )
+        assert right == arms[memory]["offline"]
+    for memory in ("attention_window", "inner_lr_0", "state_reset"):
+        for distance in ("1", "2", "5", "10", "20", "50", "200"):
+            assert abs(arms[memory]["streaming"][distance][0] - chance) <= 0.03, (memory, distance)
+    for arm in arms.values():
+        assert arm["stream_equals_offline"] == 1.0
+    leak = arms["non_causal"]
+    assert leak["offline"]["10"][0] == 1.0
+    assert leak["streaming"]["10"][2] <= 0.5
