@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moshi.utils.compile import no_compile, no_cuda_graph
 
 from evaluation.recall.arms import (
     ARMS,
@@ -19,10 +20,10 @@ from evaluation.recall.arms import (
 )
 from evaluation.recall.report import write_report
 from evaluation.recall.running import run_jobs, stored_results
-from evaluation.recall.scoring import Scoring, answer_stream, score_arm
+from evaluation.recall.scoring import Scoring, answer_stream, capacity, score_arm
 from evaluation.recall.settings import RecallConfig, jobs_of
-from evaluation.recall.speech import speech_codes
-from evaluation.recall.studies import STUDIES, Variant, varied
+from evaluation.recall.speech import speech_codes, speech_digest
+from evaluation.recall.studies import STUDIES, Variant, chosen, varied
 from evaluation.recall.study_report import write_study
 from evaluation.recall.task import (
     MOSHI_SEMANTIC,
@@ -43,6 +44,7 @@ SIZE = Size(dim=32, num_layers=2, num_heads=2, window_frames=5)
 SETTINGS = {"mini_batch_size": 8, "gate_init": 1.0}
 K = 8
 SAMPLES = Path(__file__).parents[1] / "sample_data" / "audio"
+STORE = Path(__file__).parents[1] / "benchmarks" / "results" / "recall"
 
 
 @pytest.fixture
@@ -205,6 +207,7 @@ def test_jobs_are_run_once_and_reported(tmp_path, speech, capsys):
 
 def test_a_study_varies_what_it_names_and_nothing_else(tmp_path, speech):
     config = RecallConfig(
+        study="capacity",
         seeds=1,
         ttt=dict(SETTINGS),
         size=SIZE,
@@ -228,15 +231,65 @@ def test_a_study_varies_what_it_names_and_nothing_else(tmp_path, speech):
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("study", ["ablation", "capacity"])
+@pytest.mark.parametrize("study", list(STUDIES))
 def test_every_variant_of_a_study_is_a_model_that_can_be_built(study):
     variants = [(v.name, varied(RecallConfig(), v)) for v in STUDIES[study]()]
-    assert len({name for name, _ in variants}) == len(variants) >= 3
+    assert len({name for name, _ in variants}) == len(variants)
     assert len({repr(asdict(config)) for _, config in variants}) == len(variants)
     for _, config in variants:
         for arm in config.arms:
             with torch.device("meta"):
                 build_arm(ARMS[arm], config.size, config.vocabulary, config.ttt, 0)
+
+
+def test_variants_are_chosen_by_name_and_by_arm():
+    def names(**settings):
+        return [variant.name for variant in chosen(RecallConfig(study="ablation", **settings))]
+
+    assert names(variants=["base_lr 32.0", "as in the table"]) == ["base_lr 32.0", "as in the table"]
+    assert set(names()) - set(names(arms=["ttt_linear"])) == {"inner_init published"}
+    with pytest.raises(ValueError, match="has the variants as in the table; inner_init published; "):
+        names(variants=["base_lr 2"])
+    with pytest.raises(ValueError, match="no variant with the arms attention_full"):
+        names(arms=["attention_full"])
+    one = Variant("x", arms=("ttt_mlp", "non_causal"))
+    assert varied(RecallConfig(arms=["ttt_linear", "ttt_mlp"]), one).arms == ["ttt_mlp"]
+
+
+def test_no_job_goes_on_when_the_time_is_over(tmp_path, speech, caplog):
+    config = RecallConfig(
+        arms=["attention_window", "ttt_linear"],
+        seeds=1,
+        size=SIZE,
+        vocabulary=VOCABULARY,
+        training=Training(max_steps=100_000, batch_size=4, give_up_steps=100_000),
+        scoring=Scoring(pairs=2, distances=[1], episodes=4),
+    )
+    store = tmp_path / "store"
+    with caplog.at_level("INFO"):
+        run_jobs(jobs_of(config, "of this speech"), speech, store, workers=1, max_minutes=0.15)
+    assert list(store.iterdir()) == []
+    assert [r.message for r in caplog.records if "not done" in r.message] == [
+        "attention_window, seed 0: not done: max_minutes are over",
+        "ttt_linear, seed 0: not done: max_minutes are over",
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_learns_and_answers_as_the_cpu_does(speech):
+    training = Training(max_pairs=2, max_distance_frames=8, max_steps=20, cooldown_steps=10, batch_size=8)
+    scoring = Scoring(pairs=2, distances=[1], episodes=8, capacity_pairs=[1], capacity_distance=1)
+    learned = {}
+    for device in ("cpu", "cuda"):
+        model = model_of(ARMS["ttt_mlp"]).to(device)
+        with no_compile(), no_cuda_graph():
+            learned[device] = train_arm(
+                model, Arm("ttt_mlp"), training, VOCABULARY, speech, 0, lambda *_: None
+            )
+            for _, score in score_arm(model, Arm("ttt_mlp"), scoring, VOCABULARY, speech, 8):
+                assert score["same"] == 1.0
+            assert set(dict(capacity(model, scoring, VOCABULARY, speech, 8))) == {"1"}
+    assert learned["cuda"].loss == pytest.approx(learned["cpu"].loss, abs=1e-2)
 
 
 def test_the_interval_is_students():
@@ -259,6 +312,20 @@ def test_speech_is_real_and_varied():
         speech_codes(SAMPLES, 64)
 
 
+def test_speech_is_known_by_its_recordings(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "notes.json").write_text("{}")
+    first = speech_digest(tmp_path)
+    (tmp_path / "notes.json").unlink()
+    assert speech_digest(tmp_path) == first
+    (tmp_path / "b.wav").write_bytes(b"other")
+    assert speech_digest(tmp_path) != first
+    # The stored results, by which this folder's digest is the one they were made with.
+    stored = {json.loads(path.read_text())["job"]["speech_sha256"] for path in STORE.glob("*.json")}
+    assert stored == {speech_digest(SAMPLES)}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -266,6 +333,9 @@ def test_speech_is_real_and_varied():
         ({"mode": "learn"}, "mode must be"),
         ({"seeds": 0}, "at least 1"),
         ({"study": "depth"}, "study must be"),
+        ({"device": "tpu"}, "device must be"),
+        ({"max_minutes": 0}, "max_minutes must be above 0"),
+        ({"variants": ["base_lr 32.0"]}, "the table has no variants"),
         ({"scoring": Scoring(pairs=40)}, "as many keys"),
         ({"training": Training(max_steps=100, cooldown_steps=100)}, "above"),
         ({"training": Training(chunk_frames=50)}, "whole number of mini-batches of 8"),
@@ -274,3 +344,25 @@ def test_speech_is_real_and_varied():
 def test_settings_that_cannot_work_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         RecallConfig(**change).validate()
+
+
+def test_the_stored_table_shows_what_the_readme_says():
+    report = json.loads((STORE.parent / "recall.json").read_text())
+    arms, chance = report["arms"], report["chance"]
+    assert report["seeds"] == dict.fromkeys(ARMS, 5)
+    sizes = [arm["parameters"] for arm in arms.values()]
+    assert max(sizes) / min(sizes) < 1.02
+    for memory in ("ttt_linear", "ttt_mlp", "ttt_mlp_3", "persistent_on", "persistent_off"):
+        right = arms[memory]["streaming"]
+        assert all(right[distance][0] >= 0.99 for distance in ("1", "2", "5", "10", "20", "50", "200")), (
+            memory
+        )
+        assert right == arms[memory]["offline"]
+    for memory in ("attention_window", "inner_lr_0", "state_reset"):
+        for distance in ("1", "2", "5", "10", "20", "50", "200"):
+            assert abs(arms[memory]["streaming"][distance][0] - chance) <= 0.03, (memory, distance)
+    for arm in arms.values():
+        assert arm["stream_equals_offline"] == 1.0
+    leak = arms["non_causal"]
+    assert leak["offline"]["10"][0] == 1.0
+    assert leak["streaming"]["10"][2] <= 0.5

@@ -89,23 +89,36 @@ def per_cent(row: list[float | None]) -> str:
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Accuracy over distance, a line with its interval for each arm."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.subplots()
     reach = summary["receptive_field_frames"]
-    for name, arm in summary["arms"].items():
+    arms = summary["arms"]
+    for index, (name, arm) in enumerate(arms.items()):
         label, color, style = LABELS[name]
-        distances = [float(d) for d in arm["streaming"]]
+        # Side by side on the logarithmic axis: many arms are right always, and as many by chance.
+        aside = 1.045 ** (index - (len(arms) - 1) / 2)
+        distances = [float(d) * aside for d in arm["streaming"]]
         rows = list(arm["streaming"].values())
-        axes.plot(distances, [100 * r[0] for r in rows], style, color=color, marker="o", ms=4, label=label)
+        axes.plot(
+            distances,
+            [100 * r[0] for r in rows],
+            style,
+            color=color,
+            linewidth=1,
+            marker="o",
+            ms=4,
+            label=label,
+        )
         if all(r[1] is not None for r in rows):
             low, high = ([100 * r[i] for r in rows] for i in (1, 2))
-            axes.fill_between(distances, low, high, color=color, alpha=0.15, linewidth=0)
-    axes.axhline(100 * summary["chance"], color="0.6", linewidth=1)
-    axes.text(0.3, 100 * summary["chance"] + 1.5, "chance", color="0.4", fontsize=9)
-    axes.axvline(1, color="0.6", linewidth=1, linestyle=":")
-    axes.text(1.05, 52, f"receptive field of attention: {reach} frames", color="0.4", fontsize=9, rotation=90)
+            axes.vlines(distances, low, high, color=color, linewidth=1.5)
+    axes.axhline(100 * summary["chance"], color="0.5", linewidth=1, linestyle=":", label="chance")
+    axes.axvline(1, color="0.5", linewidth=1, linestyle="--", label=f"reach of attention: {reach} frames")
     axes.set_xscale("log")
-    axes.set_ylim(0, 103)
+    ticks = [float(d) for d in next(iter(arms.values()))["streaming"]]
+    axes.set_xticks(ticks, [f"{d:g}" for d in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(-2, 104)
     axes.set_xlabel("frames between being told and being asked, in receptive fields of the attention windows")
     axes.set_ylabel("right answers in streaming (%)")
     axes.grid(alpha=0.3)
@@ -113,7 +126,9 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     seeds = sorted(set(summary["seeds"].values()))
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     windows = f"windows of {summary['window_frames']} frames"
-    axes.set_title(f"Recall of {summary['pairs']} pairs, {windows}, {count} seeds, 95 % intervals")
+    axes.set_title(
+        f"Recall of {summary['pairs']} pairs, {windows}, {count} seeds, 95 % intervals", fontsize=11
+    )
     figure.savefig(path, dpi=130)
 
 

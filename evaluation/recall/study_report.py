@@ -10,6 +10,13 @@ from matplotlib.figure import Figure
 from evaluation.recall.report import LABELS, interval_of, per_cent
 from evaluation.recall.settings import RecallConfig
 
+TITLES = {
+    "ablation": "One setting of the TTT layers changed at a time",
+    "width": "Wider Moshis",
+    "capacity": "How many pairs a memory holds, at 10 receptive fields",
+    "leak": "A causal and a non-causal update",
+}
+
 Results = dict[str, dict[str, list[dict[str, Any]]]]
 
 
@@ -32,41 +39,52 @@ def _summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": len(runs),
         "parameters": runs[0]["parameters"],
         "training_steps": [run["learned"]["steps"] for run in runs],
+        "training_loss": [round(run["learned"]["loss"], 4) for run in runs],
         "training_accuracy": [round(run["learned"]["accuracy"], 4) for run in runs],
     }
 
 
 def study_table(study: dict[str, Any], distance: str) -> str:
-    """Markdown: a variant and arm a row; accuracy at one distance, or at each number of pairs."""
+    """Markdown: a variant and arm a row; accuracy at one distance, or at each number of pairs.
+
+    The loss is that of text in the last hundred steps of training, in nats a token.
+    """
     first = next(iter(next(iter(study.values())).values()))
     pairs = list(first["capacity"])
     columns = [f"{count} pairs" for count in pairs] or [f"right at {distance} x"]
     lines = [
-        "| variant | memory | seeds | steps | " + " | ".join(columns) + " |",
-        "| --- | --- | --- | --- |" + " --- |" * len(columns),
+        "| variant | memory | seeds | steps | loss | " + " | ".join(columns) + " |",
+        "| --- | --- | --- | --- | --- |" + " --- |" * len(columns),
     ]
     for variant, arms in study.items():
         for arm, entry in arms.items():
             rows = [entry["capacity"][count] for count in pairs] or [entry["streaming"][distance]]
             steps = ", ".join(map(str, entry["training_steps"]))
-            cells = " | ".join(map(per_cent, rows))
-            lines.append(f"| {variant} | {LABELS[arm][0]} | {entry['seeds']} | {steps} | {cells} |")
+            loss = ", ".join(f"{loss:.3f}" for loss in entry["training_loss"])
+            cells = " | ".join([steps, loss, *map(per_cent, rows)])
+            lines.append(f"| {variant} | {LABELS[arm][0]} | {entry['seeds']} | {cells} |")
     return "\n".join(lines)
 
 
-def draw_study(study: dict[str, Any], distance: str, chance: float, path: Path) -> None:
+def draw_study(study: dict[str, Any], title: str, distance: str, chance: float, path: Path) -> None:
     """Accuracy over the number of pairs where that was asked, else over the variants."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    height = 5.0 if _asks_pairs(study) else 2.0 + 0.25 * len(study)
+    figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
-    if any(entry["capacity"] for arms in study.values() for entry in arms.values()):
+    if _asks_pairs(study):
         _draw_capacity(axes, study)
-        axes.axhline(100 * chance, color="0.6", linewidth=1, label="chance")
+        axes.axhline(100 * chance, color="0.5", linewidth=1, linestyle=":", label="chance")
     else:
         _draw_variants(axes, study, distance)
-        axes.axvline(100 * chance, color="0.6", linewidth=1, label="chance")
+        axes.axvline(100 * chance, color="0.5", linewidth=1, linestyle=":", label="chance")
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
+
+
+def _asks_pairs(study: dict[str, Any]) -> bool:
+    return any(entry["capacity"] for arms in study.values() for entry in arms.values())
 
 
 def _draw_capacity(axes: Axes, study: dict[str, Any]) -> None:
@@ -76,10 +94,13 @@ def _draw_capacity(axes: Axes, study: dict[str, Any]) -> None:
             counts = [int(count) for count in entry["capacity"]]
             right = [100 * row[0] for row in entry["capacity"].values()]
             axes.plot(counts, right, style, color=color, marker="o", ms=4, label=f"{label}, {variant}")
-    axes.set_ylim(0, 103)
+            axes.set_xticks(counts)
+            for count, (_, low, high) in zip(counts, entry["capacity"].values(), strict=True):
+                if low is not None:
+                    axes.vlines(count, 100 * low, 100 * high, color=color, linewidth=1.5)
+    axes.set_ylim(-2, 104)
     axes.set_xlabel("pairs told")
     axes.set_ylabel("right answers in streaming (%)")
-    axes.set_title("How many pairs a memory holds, at 10 receptive fields")
 
 
 def _draw_variants(axes: Axes, study: dict[str, Any], distance: str) -> None:
@@ -98,9 +119,8 @@ def _draw_variants(axes: Axes, study: dict[str, Any], distance: str) -> None:
                 axes.plot([100 * low, 100 * high], [height, height], color=color, linewidth=1.5)
     axes.set_yticks(range(len(study)), list(study))
     axes.invert_yaxis()
-    axes.set_xlim(0, 103)
+    axes.set_xlim(-2, 104)
     axes.set_xlabel(f"right answers in streaming at {distance} receptive fields (%)")
-    axes.set_title("One setting changed at a time")
 
 
 def write_study(results: Results, config: RecallConfig, output: Path) -> str:
@@ -111,5 +131,5 @@ def write_study(results: Results, config: RecallConfig, output: Path) -> str:
     output.write_text(json.dumps(study, indent=1) + "\n")
     text = study_table(study, distance)
     output.with_suffix(".md").write_text(text + "\n")
-    draw_study(study, distance, config.vocabulary.chance, output.with_suffix(".png"))
+    draw_study(study, TITLES[config.study], distance, config.vocabulary.chance, output.with_suffix(".png"))
     return text
