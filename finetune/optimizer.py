@@ -131,7 +131,9 @@ def _usable_pct_start(pct_start: float, max_steps: int) -> float:
 def _copy(targets: list[torch.Tensor | None], sources: list[torch.Tensor | None]) -> None:
     """Copy each source to its target, all in a few kernels. What is split is copied shard by shard."""
     if targets:
-        torch._foreach_copy_([_local(t) for t in targets], [_local(s) for s in sources])
+        torch._foreach_copy_(  # type: ignore[reportPrivateImportUsage]
+            [_local(t) for t in targets], [_local(s) for s in sources]
+        )
 
 
 def _local(tensor: torch.Tensor | None) -> torch.Tensor:

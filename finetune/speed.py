@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from moshi.models.lm import LMModel
+from moshi.modules.transformer import StreamingTransformerLayer
 from torch import nn
 
 from finetune.distributed import Process
@@ -46,7 +47,7 @@ class Phases:
 
         To be called when the device has done what was asked of it before that phase began.
         """
-        seconds = dict.fromkeys(_PHASES, 0.0)
+        seconds: dict[str, float] = dict.fromkeys(_PHASES, 0.0)
         for (name, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             if name in seconds:
                 seconds[name] += _seconds_between(start, end)
@@ -114,7 +115,8 @@ def flops_per_frame(model: LMModel, frames: int) -> float:
             total += 24 * hybrid[index].seq_modeling_block.ttt_layer.ttt.inner_parameters
     steps = model.dep_q
     for layer in model.depformer.layers:
-        total += 3 * 4 * steps * (steps + 1) / 2 * layer.self_attn.embed_dim  # type: ignore[union-attr]
+        assert isinstance(layer, StreamingTransformerLayer)
+        total += 3 * 4 * steps * (steps + 1) / 2 * layer.self_attn.embed_dim
     above = (model.text_linear, model.depformer_in, model.depformer, model.linears)
     return total + sum(_linear_flops(module, 2) for module in above)
 

@@ -67,9 +67,10 @@ def _layer(layer: StreamingTransformerLayer, x: torch.Tensor) -> torch.Tensor:
         linear_in, linear_out = (
             [module.get_submodule(name) for module in layer.gating] for name in ("linear_in", "linear_out")
         )
-        activation = layer.gating[0].activation
+        first = layer.gating[0]
+        assert isinstance(first, ActivationGating)
         update = linear_per_step(
-            linear_out, schedule, gate(linear_per_step(linear_in, schedule, normed), activation)
+            linear_out, schedule, gate(linear_per_step(linear_in, schedule, normed), first.activation)
         )
     else:
         assert isinstance(layer.gating, ActivationGating), "Moshi's depformer is gated"

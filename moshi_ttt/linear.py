@@ -26,7 +26,7 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def linear_per_step(
-    modules: Sequence[nn.Module], schedule: list[int] | None, x: torch.Tensor
+    modules: Sequence[nn.Module] | nn.ModuleList, schedule: list[int] | None, x: torch.Tensor
 ) -> torch.Tensor:
     """A linear layer for each step, `[K, N, C]` to `[K, N, D]`, as one product.
 
