@@ -1,14 +1,14 @@
 """`python -m benchmarks [check] [NAME ...] [peers=FOLDER]`: all benchmarks, or some.
 
-All together write the results file of this machine and day; some only print their table. `check` compares
-with the newest results file of this machine instead: see `benchmarks.check`.
+Their entries go into the results file of this machine and day, and replace those of their names. `check`
+compares with the newest such file instead: see `benchmarks.check`.
 """
 
 import sys
 
 from benchmarks.check import check
 from benchmarks.harness import newest, read, table, write
-from benchmarks.runner import BENCHMARKS, arguments, run
+from benchmarks.runner import arguments, run
 
 
 def main() -> None:
@@ -20,8 +20,7 @@ def main() -> None:
         sys.exit(check(read(path), names, options))
     entries = run(names, options)
     print(table(entries))
-    if names == list(BENCHMARKS):
-        print(f"wrote {write(entries)}")
+    print(f"wrote {write(entries)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """How fast training data comes, and in how much memory.
 
-A prepared folder of 20 hours (1,000 on request: `hours`) is made up: recordings of 10 minutes, random codes, 2.5 words a
-second. From it, batches of 16 clips of 100 s in random order, and of 16 rows of chunks, are read by one
-thread, in a process of its own whose memory is looked at. For comparison the same process decodes the
-sample's audio, and encodes it with the tiny Mimi and with one of Kyutai's size (random weights: they do not
-change the time). Frames are of both speakers; a page cache that holds the corpus is assumed, as after the
-first epoch.
+A prepared folder of 20 hours is made up: recordings of 10 minutes, random codes, 2.5 words a second (1,000
+hours go as fast: `entries(Options(), hours=1000)`). From it, batches of 16 clips of 100 s in random order,
+and of 16 rows of chunks, are read by one thread, in a process of its own whose memory is looked at. For
+comparison the same process decodes the sample's audio, and encodes it with the tiny Mimi and with one of
+Kyutai's size (random weights: they do not change the time). Frames are of both speakers; a page cache that
+holds the corpus is assumed, as after the first epoch.
 """
 
 import hashlib

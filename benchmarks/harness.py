@@ -120,8 +120,8 @@ class Contestant:
     def __init__(self, module: str, settings: Mapping[str, Any], before: Sequence[Path] = ()):
         command = [sys.executable, "-P", "-m", f"benchmarks.contestants.{module}", json.dumps(settings)]
         paths = os.pathsep.join(map(str, (*before, ROOT)))
-        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        environment.pop("NO_TORCH_COMPILE", None)
+        # The last keeps Moshi from compiling its parts, for minutes; a peer's own torch.compile stays on.
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NO_TORCH_COMPILE": "1"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.peak_mib: list[float] = []
@@ -169,9 +169,11 @@ def machine_name() -> str:
 
 
 def write(entries: Sequence[Entry], folder: Path = RESULTS) -> Path:
-    """The results file of this machine and this day."""
+    """Put entries into the results file of this machine and this day; they replace those of their names."""
     path = folder / f"{machine_name()}-{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(json.dumps({"entries": [asdict(entry) for entry in entries]}, indent=1) + "\n")
+    whole = {entry.name: entry for entry in read(path)} if path.exists() else {}
+    whole |= {entry.name: entry for entry in entries}
+    path.write_text(json.dumps({"entries": [asdict(entry) for entry in whole.values()]}, indent=1) + "\n")
     return path
 
 

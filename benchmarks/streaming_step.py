@@ -77,7 +77,7 @@ def measure(num_heads: int) -> dict[str, float]:
 
 def entries(options: Options) -> list[Entry]:
     few, many = measure(8), measure(HOST_HEADS)
-    # A Moshi 7B has 32 of these layers, half of them with TTT; its depformer, left out, would make ours look better.
+    # A Moshi 7B has 32 of these layers. Its depformer is left out: it would make ours look better.
     whole, added = 32 * few["layer"], 16 * few["ttt"]
     bytes_moved = 1.2 * (many["projections"] + many["state"])
     times = {key: round(value, 3) for key, value in few.items()}

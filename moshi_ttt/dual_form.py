@@ -20,7 +20,7 @@ from moshi_ttt.mini_batches import Rules, Tokens, Trace, forward_group
 from moshi_ttt.mini_batches_backward import Gradients, backward_group
 
 CACHE_BYTES = 2**21
-"""Inner weights that are worked on at once, for each thread; fewer would be calls of Python more than work."""
+"""Inner weights that are worked on at once, for each thread; with fewer, Python would take over."""
 
 
 GROUP_SIZE = 16
