@@ -1,9 +1,9 @@
-# make demo · make test · make lint · make bench: each sets up .venv itself when needed.
+# make demo · make test · make lint · make bench · make bench-check: each sets up .venv itself when needed.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export NO_TORCH_COMPILE := 1
 
-.PHONY: demo test test-gpu lint bench clean
+.PHONY: demo test test-gpu lint bench bench-check clean
 
 # resemblyzer holds the weights of an encoder of voices; what it depends on (librosa, a compiler) is not needed.
 .venv/.installed: pyproject.toml
@@ -33,11 +33,12 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# peers=FOLDER: checkouts of ttt-video-dit, ttt-lm-pytorch and moshi-finetune to compare with (docs/speed.md).
 bench: .venv/.installed
-	$(BIN)/python -m benchmarks.streaming_step
-	$(BIN)/python -m benchmarks.diagnostics_overhead
-	$(BIN)/python -m benchmarks.data_loading
-	$(BIN)/python -m benchmarks.long_context
+	$(BIN)/python -m benchmarks $(if $(peers),peers=$(peers))
+
+bench-check: .venv/.installed
+	$(BIN)/python -m benchmarks check $(if $(peers),peers=$(peers))
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

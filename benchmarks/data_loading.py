@@ -1,25 +1,21 @@
-"""How fast training data comes, and in how much memory: `python -m benchmarks.data_loading`
+"""How fast training data comes, and in how much memory.
 
-Prepared folders of 20, 200 and 1,000 hours are made up: recordings of 10 minutes, random codes, 2.5 words a
-second. From each, batches of 16 clips of 100 s in random order, and of 16 rows of chunks, are read by one
-thread, in a process of its own whose memory is looked at. For comparison the same process decodes the
-sample's audio, and encodes it with the tiny Mimi and with one of Kyutai's size (random weights: they do not
-change the time). Frames are of both speakers; a page cache that holds the corpus is assumed, as after the
-first epoch.
+A prepared folder of 20 hours is made up: recordings of 10 minutes, random codes, 2.5 words a second (1,000
+hours go as fast: `entries(Options(), hours=1000)`). From it, batches of 16 clips of 100 s in random order,
+and of 16 rows of chunks, are read by one thread, in a process of its own whose memory is looked at. For
+comparison the same process decodes the sample's audio, and encodes it with the tiny Mimi and with one of
+Kyutai's size (random weights: they do not change the time). Frames are of both speakers; a page cache that
+holds the corpus is assumed, as after the first epoch.
 """
 
 import hashlib
 import json
-import logging
 import multiprocessing
-import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,7 @@ import torch
 from moshi.models.compression import MimiModel
 from moshi.models.loaders import get_mimi
 
-from benchmarks.streaming_step import RESULTS
+from benchmarks.harness import ROOT, Entry, Options, device_name
 from finetune.data.audio import read_samples
 from finetune.data.batches import Batches, chunk_batches, training_batches
 from finetune.data.chunks import ChunkEncoder
@@ -43,11 +39,7 @@ from finetune.data.prepared import WHOLE, PreparedSet, shard_name
 from finetune.data.shard import Encoded, shard_bytes
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi, load_tokenizer
 
-logger = logging.getLogger(__name__)
-
-ROOT = Path(__file__).parents[1]
-
-HOURS, GOAL = (20, 200, 1000), 20_000
+HOURS, GOAL = 20, 500.0
 RECORDING_SEC, CLIP_SEC, ROWS, FRAME_RATE = 600, 100.0, 16, 12.5
 VOCABULARY = ("so", "then", "the captain", "wondered", "about", "a ship", "and", "never", "came", "back")
 
@@ -146,44 +138,26 @@ def audio_rates() -> dict[str, float]:
     return {name: round(value, 1) for name, value in rates.items()}
 
 
-def measure(folder: Path, batches: int, with_audio: bool, results: Any) -> None:
+def measure(folder: Path, batches: int, results: Any) -> None:
     """The work of a process."""
-    result = read_corpus(folder, batches)
-    if with_audio:
-        result["audio_frames_per_s"] = audio_rates()
-    results.put(result)
+    results.put(read_corpus(folder, batches) | {"audio_frames_per_s": audio_rates()})
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+def entries(options: Options, hours: int = HOURS) -> list[Entry]:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    corpora = []
-    for hours in HOURS:
-        folder = Path(tempfile.mkdtemp(prefix="data_loading_"))
+    folder = Path(tempfile.mkdtemp(prefix="data_loading_"))
+    try:
         make_corpus(folder / "prepared", hours)
-        process = context.Process(target=measure, args=(folder / "prepared", 300, hours == HOURS[0], results))
+        process = context.Process(target=measure, args=(folder / "prepared", 100, results))
         process.start()
-        corpora.append(results.get())
+        found = results.get()
         process.join()
+    finally:
         shutil.rmtree(folder)
-        logger.info("%s", corpora[-1])
-    slowest = min(min(c["clips_frames_per_s"], c["chunks_frames_per_s"]) for c in corpora)
-    audio = corpora[0].pop("audio_frames_per_s")
-    total = 1 / (1 / audio["decoding"] + 1 / audio["Mimi"])
-    content = {
-        "device": f"cpu-{platform.machine()}-1thread",
-        "what": f"frames/s of CPU time, batches of {ROWS} x {CLIP_SEC:g} s, 600 batches of each corpus",
-        "goal_frames_per_s": GOAL,
-        "slowest_frames_per_s": slowest,
-        "corpora": corpora,
-        "audio_frames_per_s": audio,
-        "ratio_to_decoding_and_mimi": round(slowest / total),
-    }
-    path = RESULTS / f"data-loading-{content['device']}-{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    logger.info("%s\nwrote %s", json.dumps(content, indent=1), path)
-
-
-if __name__ == "__main__":
-    main()
+    slowest = min(found["clips_frames_per_s"], found["chunks_frames_per_s"])
+    audio = found["audio_frames_per_s"]
+    encoded = 1 / (1 / audio["decoding"] + 1 / audio["Mimi"])
+    name, what = "frames read from a prepared folder", "decoding and encoding with Mimi of Kyutai's size"
+    ratio = round(slowest / encoded)
+    return [Entry(name, ratio, GOAL, "frames/CPU s", slowest, round(encoded, 1), what, device_name(1), found)]

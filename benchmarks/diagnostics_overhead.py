@@ -1,4 +1,4 @@
-"""What diagnostics at the default frequency cost: `python -m benchmarks.diagnostics_overhead`
+"""What diagnostics at the default frequency cost.
 
 * generation: the tiny Moshi, all layers TTT, frames of `LMGen` with and without diagnostics every 100 frames;
 * training: its training step (forward and backward of 4 clips of 125 frames), every 100 steps;
@@ -8,20 +8,13 @@ Rounds with and without alternate. A median is taken of ordinary steps and of re
 median of plain steps: the cost is (99 ordinary + 1 recorded) / 100 plain - 1.
 """
 
-import json
-import logging
-import platform
 import statistics
-import sys
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Any
 
 import torch
 from moshi.models.lm import LMGen, LMModel
 
-from benchmarks.streaming_step import DIM, RESULTS, moshi_layer
+from benchmarks.harness import Entry, Options, cpu_sec, lower_is_better
+from benchmarks.streaming_step import DIM, moshi_layer
 from moshi_ttt.building import ModelSettings, build_model
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.diagnostics import TTTDiagnostics, _LayerObserver, fetched
@@ -29,21 +22,13 @@ from moshi_ttt.hybrid_layer import HybridStreamingTransformerLayer
 from moshi_ttt.loading import ModelConfig, find_base
 from moshi_ttt.lora import LoRAConfig
 
-logger = logging.getLogger(__name__)
-
-EVERY, GOAL = 100, 0.01
+EVERY, GOAL = 100, 0.99
 
 
 def tiny_model() -> LMModel:
     config = TTTConfig(layers="all", ttt_layer_context=50)
     base = find_base(ModelConfig("tiny"))
     return build_model(ModelSettings(ModelConfig("tiny"), "float32", LoRAConfig(), config), base)
-
-
-def timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def generation(rounds: int = 16, frames: int = 50) -> dict[str, list[float]]:
@@ -54,7 +39,7 @@ def generation(rounds: int = 16, frames: int = 50) -> dict[str, list[float]]:
         for _ in range(20):
             lm_gen.step(codes)
         for _ in range(rounds):
-            times["plain"] += [timed(lambda: lm_gen.step(codes)) for _ in range(frames)]
+            times["plain"] += [cpu_sec(lambda: lm_gen.step(codes)) for _ in range(frames)]
             diagnostics = TTTDiagnostics(model, EVERY)
 
             def watched(diagnostics: TTTDiagnostics = diagnostics) -> None:
@@ -65,7 +50,7 @@ def generation(rounds: int = 16, frames: int = 50) -> dict[str, list[float]]:
                 recorded = frame % 10 == 0
                 if recorded:
                     diagnostics.record_next(frame)
-                times["recorded" if recorded or frame == 0 else "ordinary"].append(timed(watched))
+                times["recorded" if recorded or frame == 0 else "ordinary"].append(cpu_sec(watched))
             diagnostics.close()
     return times
 
@@ -85,11 +70,11 @@ def training(rounds: int = 12) -> dict[str, list[float]]:
 
     step()
     for _ in range(rounds):
-        times["plain"].append(timed(step))
+        times["plain"].append(cpu_sec(step))
         diagnostics = TTTDiagnostics(model, 0)
-        times["ordinary"].append(timed(step))
+        times["ordinary"].append(cpu_sec(step))
         diagnostics.record_next(1)
-        times["recorded"].append(timed(step))
+        times["recorded"].append(cpu_sec(step))
         diagnostics.close()
     return times
 
@@ -110,38 +95,28 @@ def layer(rounds: int = 48) -> dict[str, list[float]]:
 
     with ttt.streaming(1), hybrid.original_layer.streaming(1):
         for _ in range(rounds):
-            times["plain"].append(timed(lambda: hybrid(x)))
-            times["recorded"].append(timed(recorded))
+            times["plain"].append(cpu_sec(lambda: hybrid(x)))
+            times["recorded"].append(cpu_sec(recorded))
     times["ordinary"] = times["plain"]
     return times
 
 
-def entry(name: str, times: dict[str, list[float]], device: str) -> dict[str, Any]:
+def entry(name: str, times: dict[str, list[float]]) -> Entry:
     middle = {key: statistics.median(values) for key, values in times.items()}
-    cost = ((EVERY - 1) * middle["ordinary"] + middle["recorded"]) / EVERY / middle["plain"] - 1
+    step = ((EVERY - 1) * middle["ordinary"] + middle["recorded"]) / EVERY
     record = (middle["recorded"] - middle["plain"]) / EVERY / middle["plain"]
-    result = {"name": f"diagnostics every {EVERY} steps, {name}", "cost": round(cost, 5), "goal": GOAL}
-    result |= {"cost_of_records": round(record, 5), "unit": "ms", "device": device}
-    return result | {"times": {key: round(1e3 * value, 3) for key, value in middle.items()}}
+    return lower_is_better(
+        f"diagnostics every {EVERY} steps, {name}",
+        1e3 * step,
+        1e3 * middle["plain"],
+        GOAL,
+        "ms",
+        "the same without diagnostics",
+        cost_of_records=round(record, 5),
+        times={key: round(1e3 * value, 3) for key, value in middle.items()},
+    )
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    device = f"cpu-{platform.machine()}-{torch.get_num_threads()}threads"
+def entries(options: Options) -> list[Entry]:
     works = {"generation": generation, "training": training, "layer": layer}
-    entries = [entry(name, work(), device) for name, work in works.items()]
-    for result in entries:
-        logger.info(
-            "%s: %.2f %% (records alone %.2f %%), goal 1 %%; %s",
-            result["name"],
-            100 * result["cost"],
-            100 * result["cost_of_records"],
-            result["times"],
-        )
-    path = RESULTS / f"diagnostics-{device}-{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(json.dumps({"entries": entries}, indent=2) + "\n")
-    logger.info("wrote %s", path)
-
-
-if __name__ == "__main__":
-    main()
+    return [entry(name, work()) for name, work in works.items()]

@@ -1,34 +1,26 @@
-"""Scoring long recordings in chunks against frame by frame: `python -m benchmarks.long_context`
+"""Scoring long recordings in chunks against frame by frame.
 
 One stream of random codes through the tiny Moshi with default TTT settings in its middle layers and windows
-of 50 and 100 frames, on one thread: `nll_by_frame` in chunks of 512 frames, and `nll_streamed`, which is
+of 50 and 100 frames: `nll_by_frame` in chunks of 512 frames, and `nll_streamed`, which is
 Moshi's own streaming with one frame a call. Both give the same NLLs. The ratio is of medians of frames per
-second, measured by turns in one process.
+CPU second, measured by turns in one process.
 """
 
-import json
-import logging
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
+from benchmarks.harness import Entry, Options, device_name
 from inference.likelihood import nll_by_frame, nll_streamed
 from moshi_ttt.building import ModelSettings, build_model
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.loading import ModelConfig, find_base
 from moshi_ttt.lora import LoRAConfig
 
-logger = logging.getLogger(__name__)
-
 GOAL = 20.0
 CHUNK = 512
-RESULTS = Path(__file__).parent / "results"
 
 
 def measure(rounds: int, frames: int = 2048, streamed: int = 128) -> dict[str, float]:
@@ -46,9 +38,9 @@ def measure(rounds: int, frames: int = 2048, streamed: int = 128) -> dict[str, f
     few = codes[..., :streamed]
 
     def timed(work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
-        started = time.perf_counter()
+        started = time.process_time()
         found = work()
-        return time.perf_counter() - started, found
+        return time.process_time() - started, found
 
     rates: dict[str, list[float]] = {"chunked": [], "streamed": []}
     apart = 0.0
@@ -62,37 +54,18 @@ def measure(rounds: int, frames: int = 2048, streamed: int = 128) -> dict[str, f
     return {name: statistics.median(values[1:]) for name, values in rates.items()} | {"apart": apart}
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    torch.set_num_threads(1)
-    found = measure(rounds=7)
-    ratio = found["chunked"] / found["streamed"]
-    logger.info(
-        "chunks of %d: %.0f frames/s, frame by frame: %.0f; ratio %.1f, goal %.0f; apart by %.1g nats",
-        CHUNK,
-        found["chunked"],
-        found["streamed"],
-        ratio,
-        GOAL,
-        found["apart"],
-    )
-    device = f"cpu-{platform.machine()}-1thread"
-    entry = {
-        "name": "long context, chunks against frame by frame",
-        "ratio": round(ratio / GOAL, 3),
-        "goal": 1.0,
-        "unit": "frames/s",
-        "ours": round(found["chunked"]),
-        "against": round(GOAL * found["streamed"]),
-        "against_what": "20 x scoring frame by frame",
-        "times_frame_by_frame": round(ratio, 1),
-        "apart_nats": found["apart"],
-        "device": device,
-    }
-    path = RESULTS / f"long-context-{device}-{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(json.dumps({"entries": [entry]}, indent=2) + "\n")
-    logger.info("wrote %s", path)
-
-
-if __name__ == "__main__":
-    main()
+def entries(options: Options) -> list[Entry]:
+    found = measure(rounds=5)
+    return [
+        Entry(
+            "long context, chunks against frame by frame",
+            round(found["chunked"] / found["streamed"], 2),
+            GOAL,
+            "frames/CPU s",
+            round(found["chunked"]),
+            round(found["streamed"]),
+            "scoring frame by frame",
+            device_name(1),
+            {"apart_nats": found["apart"]},
+        )
+    ]

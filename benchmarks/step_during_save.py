@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.streaming_step import RESULTS
+from benchmarks.harness import RESULTS
 
 STEPS, EVERY, WARM_UP = 60, 15, 5
 STAMP = r"^(\S+ \S+) INFO "

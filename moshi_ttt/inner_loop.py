@@ -26,10 +26,11 @@ from dataclasses import dataclass
 
 import torch
 
-from moshi_ttt.dual_form import Rules, Tokens, dual_form
+from moshi_ttt.dual_form import dual_form
 from moshi_ttt.inner_network import InnerNorm, answer, fold, key_pass
 from moshi_ttt.inner_weights import InnerBound, InnerWeights, pulled_back
 from moshi_ttt.kernels.choice import use_triton_scan
+from moshi_ttt.mini_batches import Rules, Tokens
 
 
 @dataclass

@@ -4,7 +4,7 @@ The maths is in `moshi_ttt/inner_loop.py`. Everything works on N = batch rows x 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,10 @@ class InnerNorm:
 
     weight: torch.Tensor
     bias: torch.Tensor
+
+    def of_nets(self, nets: slice) -> "InnerNorm":
+        """Of some nets."""
+        return InnerNorm(self.weight[nets], self.bias[nets])
 
 
 def layer_norm(x: torch.Tensor, norm: InnerNorm) -> torch.Tensor:
@@ -49,12 +53,24 @@ def gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
+def gelu_slope(x: torch.Tensor) -> torch.Tensor:
+    """Derivative of `gelu` at x."""
+    return gelu_backward(torch.ones_like(x), x)
+
+
 def gelu_second(x: torch.Tensor) -> torch.Tensor:
-    """Second derivative of `gelu` at x."""
-    slope, cubic = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(slope * (x + cubic * x**3))
-    first, second = slope * (1 + 3 * cubic * x**2), 6 * slope * cubic * x  # of the argument of tanh
-    return (1 - t**2) * (first + 0.5 * x * second - x * t * first**2)
+    """Second derivative of `gelu` at x.
+
+    With a the argument of tanh, a' and a'' its derivatives and t = tanh(a), it is
+    `(1 - t^2) (a' + x a'' / 2 - x t a'^2)`.
+    """
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
+    square = x * x
+    t = (square * (scale * cubic)).add_(scale).mul_(x).tanh_()
+    first = (square * (3 * scale * cubic)).add_(scale)  # a'
+    inner = square.mul_(6 * scale * cubic).add_(scale)  # a' + x a'' / 2
+    inner.sub_(first.mul_(first).mul_(x).mul_(t))
+    return inner.addcmul_(inner, t.mul_(t), value=-1)
 
 
 def _back_through(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -72,12 +88,31 @@ class KeyPass:
     Args:
         inputs: X of each layer, `[N, T, d_in]`.
         outputs: Z of each layer, before its GELU, `[N, T, d_out]`.
-        grads: G of each layer, the loss gradients at Z.
+        grads: G of each layer, the loss gradients at Z: `slopes * throughs` in all but the last.
+        slopes: derivatives of GELU at Z, of all layers but the last.
+        throughs: the loss gradients after GELU, likewise.
     """
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     grads: list[torch.Tensor]
+    slopes: list[torch.Tensor]
+    throughs: list[torch.Tensor]
+
+    @staticmethod
+    def stack(passes: "Sequence[KeyPass]", k: torch.Tensor) -> "KeyPass":
+        """Of several mini-batches, `[M, N, T, ...]`; k are their keys, together already."""
+
+        def stacked(of_passes: Iterable[list[torch.Tensor]]) -> list[torch.Tensor]:
+            return [torch.stack(parts) for parts in zip(*of_passes, strict=True)]
+
+        return KeyPass(
+            [k, *stacked(one.inputs[1:] for one in passes)],
+            stacked(one.outputs for one in passes),
+            stacked(one.grads for one in passes),
+            stacked(one.slopes for one in passes),
+            stacked(one.throughs for one in passes),
+        )
 
 
 def key_pass(k: torch.Tensor, target: torch.Tensor, state: InnerWeights, norm: InnerNorm) -> KeyPass:
@@ -88,9 +123,12 @@ def key_pass(k: torch.Tensor, target: torch.Tensor, state: InnerWeights, norm: I
         if index + 1 < len(state.weights):
             inputs.append(gelu(outputs[-1]))
     grads = [layer_norm_l2_grad(outputs[-1], target, norm)]
+    slopes, throughs = [], []
     for weight, hidden in zip(reversed(state.weights[1:]), reversed(outputs[:-1]), strict=True):
-        grads.append(gelu_backward(_back_through(weight, grads[-1]), hidden))
-    return KeyPass(inputs, outputs, grads[::-1])
+        slopes.append(gelu_slope(hidden))
+        throughs.append(_back_through(weight, grads[-1]))
+        grads.append(slopes[-1] * throughs[-1])
+    return KeyPass(inputs, outputs, grads[::-1], slopes[::-1], throughs[::-1])
 
 
 def query_pass(
@@ -132,12 +170,23 @@ def answer(
 
 
 def fold(
-    inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], step: torch.Tensor, state: InnerWeights
+    inputs: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    step: torch.Tensor,
+    state: InnerWeights,
+    out: InnerWeights | None = None,
 ) -> InnerWeights:
-    """Weights after the updates of S tokens with step sizes `[N, S]` (c times lr)."""
+    """Weights after the updates of S tokens with step sizes `[N, S]` (c times lr).
+
+    Args:
+        out: where to write them; None makes new ones.
+    """
     weights, biases = [], []
-    for x, g, weight, bias in zip(inputs, grads, state.weights, state.biases, strict=True):
+    for layer, (x, g, weight, bias) in enumerate(
+        zip(inputs, grads, state.weights, state.biases, strict=True)
+    ):
+        new_weight, new_bias = (None, None) if out is None else (out.weights[layer], out.biases[layer])
         scaled = step[..., None] * g
-        weights.append(torch.baddbmm(weight, x.transpose(1, 2), scaled, alpha=-1))
-        biases.append(bias - scaled.sum(dim=1, keepdim=True))
+        weights.append(torch.baddbmm(weight, x.transpose(1, 2), scaled, alpha=-1, out=new_weight))
+        biases.append(torch.sub(bias, scaled.sum(dim=1, keepdim=True), out=new_bias))
     return InnerWeights(tuple(weights), tuple(biases))

@@ -1,8 +1,13 @@
 """Weights of the inner network, and the ball around the learned ones that they are kept in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
+
+_ROUNDING = 1e-3
+"""What a sum of many norms may be off by, relatively, to be safe."""
 
 
 @dataclass
@@ -27,6 +32,23 @@ class InnerWeights:
         """The same values without their history."""
         return InnerWeights(tuple(w.detach() for w in self.weights), tuple(b.detach() for b in self.biases))
 
+    def clone(self) -> "InnerWeights":
+        """A copy."""
+        return InnerWeights(tuple(w.clone() for w in self.weights), tuple(b.clone() for b in self.biases))
+
+    def copy_(self, other: "InnerWeights") -> None:
+        """Take the values of `other`."""
+        for now, new in zip((*self.weights, *self.biases), (*other.weights, *other.biases), strict=True):
+            now.copy_(new)
+
+    def at(self, index: int) -> "InnerWeights":
+        """Views of one entry of the first axis."""
+        return InnerWeights(tuple(w[index] for w in self.weights), tuple(b[index] for b in self.biases))
+
+    def of_nets(self, nets: slice) -> "InnerWeights":
+        """Views of some nets' weights."""
+        return InnerWeights(tuple(w[nets] for w in self.weights), tuple(b[nets] for b in self.biases))
+
 
 @dataclass
 class InnerBound:
@@ -39,6 +61,25 @@ class InnerBound:
 
     center: InnerWeights
     radii: tuple[float, ...]
+
+    def heads_of(self, nets: slice) -> slice:
+        """The heads of some nets: whole rows, or some heads of one row."""
+        heads = self.center.weights[0].shape[0]
+        if (nets.stop - nets.start) % heads == 0:
+            return slice(0, heads)
+        first = nets.start % heads
+        assert first + nets.stop - nets.start <= heads, "nets of two rows, and not all of them"
+        return slice(first, first + nets.stop - nets.start)
+
+    def holds(self, state: InnerWeights, share: float) -> bool:
+        """Whether all weights are within this share of the radii."""
+        distances = (_distance(*of_layer, self)[1] for of_layer in zip(state.weights, state.biases, count()))
+        radii = zip(distances, self.radii, strict=False)
+        return all(bool((square <= (share * radius) ** 2).all()) for square, radius in radii)
+
+    def of_nets(self, nets: slice) -> "InnerBound":
+        """The bound of some nets; see `heads_of`."""
+        return InnerBound(self.center.of_nets(self.heads_of(nets)), self.radii)
 
 
 def pulled_back(
@@ -97,3 +138,31 @@ def within(state: InnerWeights, bound: InnerBound | None) -> InnerWeights:
     weights, biases = tuple(w for w, _ in layers), tuple(b for _, b in layers)
     unchanged = all(new is now for new, now in zip(weights, state.weights, strict=True))
     return state if unchanged else InnerWeights(weights, biases)
+
+
+def stays_within(
+    state: InnerWeights,
+    bound: InnerBound,
+    inputs: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    steps: torch.Tensor,
+) -> bool:
+    """Whether all weights of a group of mini-batches are surely in the ball, without looking at them.
+
+    None of them is further than the first plus the norms of the updates in between, and those have cheap
+    bounds: the norm of an update by one token is the product of its factors' norms.
+
+    Args:
+        state: weights at the group's start.
+        inputs, grads: X and G of each layer, `[M, N, K, ...]`.
+        steps: step sizes `[M, N, K]` of what a mini-batch adds to the weights.
+    """
+    for layer, (x, grad) in enumerate(zip(inputs, grads, strict=True)):
+        # The bias is a weight whose input is 1.
+        lengths = torch.linalg.vector_norm(x, dim=-1).square_().add_(1).sqrt_()
+        lengths.mul_(torch.linalg.vector_norm(grad, dim=-1)).mul_(steps)
+        _, square = _distance(state.weights[layer], state.biases[layer], layer, bound)
+        furthest = square.sqrt().flatten() + lengths.abs_().sum((0, 2))
+        if not (furthest < (1 - _ROUNDING) * bound.radii[layer]).all():
+            return False
+    return True

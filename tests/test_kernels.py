@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moshi_ttt.dual_form import Rules, Tokens, dual_form
+from moshi_ttt.dual_form import dual_form
 from moshi_ttt.inner_loop import step_scale
 from moshi_ttt.inner_network import InnerNorm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
@@ -15,6 +15,7 @@ from moshi_ttt.kernels import triton_form as kernels
 from moshi_ttt.kernels.choice import forced, use_triton, use_triton_scan
 from moshi_ttt.kernels.scan import fitting
 from moshi_ttt.kernels.triton_form import triton_form
+from moshi_ttt.mini_batches import Rules, Tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 3e-6

@@ -7,10 +7,11 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.clock import interleaved, peak_bytes
 from benchmarks.gpu.results import Results
-from moshi_ttt.dual_form import Rules, Tokens, dual_form
+from moshi_ttt.dual_form import dual_form
 from moshi_ttt.inner_loop import inner_loop, step_scale
 from moshi_ttt.inner_network import InnerNorm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
+from moshi_ttt.mini_batches import Rules, Tokens
 
 WIDTH, HIDDEN = 128, 512
 FRAMES, LONG = 1250, 7500

@@ -9,7 +9,7 @@ from moshi_ttt.inner_weights import InnerWeights
 
 KERNELS = ("auto", "eager", "triton")
 _WIDTHS = (16, 32, 64, 128)
-# Widths at which the scan of training has been run on a GPU (an H100) and was right; others must be asked for.
+# Widths at which training's scan has been run on a GPU (an H100) and was right; others must be asked for.
 _TRIED_SCAN_WIDTHS = (128,)
 _MOST_TOKENS = 64
 _forced: str | None = None

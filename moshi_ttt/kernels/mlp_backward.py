@@ -135,7 +135,7 @@ def _change_along(d_w, now, center, at):
 def _measure_along(
     d_w1_t, d_b1, d_w2, d_b2, w1_t, w2, w, center, alongs, f, d, block, D: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
-    """(W - center) . dW of either layer, for the bound of the mini-batch before; the first block counts b2."""
+    """(W - center) . dW of either layer, for the bound of the mini-batch before; b2 counts once."""
     own, second, last = f[:, None] * D + d[None, :], D * F + F, 2 * D * F + F + d
     along1 = _change_along(d_w1_t, w1_t, center, own)
     along1 += _change_along(d_b1, tl.load(w + D * F + f), center, D * F + f)

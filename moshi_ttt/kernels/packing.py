@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from moshi_ttt.dual_form import Tokens
 from moshi_ttt.inner_weights import InnerWeights
+from moshi_ttt.mini_batches import Tokens
 
 
 def packed(weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor, ...]) -> torch.Tensor:

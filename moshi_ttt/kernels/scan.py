@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from moshi_ttt.dual_form import Rules
 from moshi_ttt.inner_network import LAYER_NORM_EPS
 from moshi_ttt.kernels.mlp_backward import into_weights, through_answers
 from moshi_ttt.kernels.mlp_forward import answer, learn
 from moshi_ttt.kernels.packing import MiniBatches, packed
+from moshi_ttt.mini_batches import Rules
 
 
 @dataclass(frozen=True)

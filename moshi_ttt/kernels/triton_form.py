@@ -6,10 +6,11 @@ import torch
 import triton
 from torch.autograd.function import once_differentiable
 
-from moshi_ttt.dual_form import Rules, Tokens, differentiable, unpacked
+from moshi_ttt.dual_form import differentiable, unpacked
 from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.kernels.packing import MiniBatches, by_mini_batch, in_sequence, packed, unpacked_layers
 from moshi_ttt.kernels.scan import Group, Launch, Sizes, Sums, fitting
+from moshi_ttt.mini_batches import Rules, Tokens
 
 launch: Launch | None = None  # to try another than the one that fits the device
 _GROUP = 16  # mini-batches that are worked on together where nothing is kept
@@ -49,11 +50,10 @@ class TritonForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group_tokens: int, radii: tuple[float, ...] | None, *tensors: torch.Tensor) -> Any:
+    def forward(ctx: Any, group_size: int, radii: tuple[float, ...] | None, *tensors: torch.Tensor) -> Any:
         tensors = tuple(x.contiguous() for x in tensors)
         tokens, state, rules = unpacked(tensors, radii)
-        group = group_tokens // rules.scale.shape[0]
-        sequence = Sequence(tokens, state, rules, group)
+        sequence = Sequence(tokens, state, rules, group_size)
         start, outs = packed(state.weights, state.biases), []
         single = len(sequence.runs) == 1
         if single:
@@ -70,7 +70,7 @@ class TritonForm(torch.autograd.Function):
                 part = sequence.group(index)
                 outs.append(part.outputs(part.forward(end[None], keep=False)))
         ctx.save_for_backward(*tensors)
-        ctx.radii, ctx.group, ctx.end = radii, group, None if radii is None else end
+        ctx.radii, ctx.group_size, ctx.end = radii, group_size, None if radii is None else end
         weights, biases = unpacked_layers(end, state)
         return sequence.in_sequence(torch.cat(outs)), *weights, *biases
 
@@ -78,7 +78,7 @@ class TritonForm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor, *d_state: torch.Tensor) -> Any:
         tokens, state, rules = unpacked(ctx.saved_tensors, ctx.radii)
-        sequence = Sequence(tokens, state, rules, ctx.group)
+        sequence = Sequence(tokens, state, rules, ctx.group_size)
         d_outs = by_mini_batch(d_out, sequence.sizes.size, sequence.sizes.rows)
         d = _sums(sequence, packed(d_state[:2], d_state[2:]), ctx.end)
         found = []

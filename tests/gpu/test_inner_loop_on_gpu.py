@@ -10,10 +10,11 @@ import torch
 from device_under_test import DEVICE
 from test_gpu_numbers import distance
 
-from moshi_ttt.dual_form import Rules, Tokens, dual_form
+from moshi_ttt.dual_form import dual_form
 from moshi_ttt.inner_loop import inner_loop, step_scale
 from moshi_ttt.inner_network import InnerNorm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
+from moshi_ttt.mini_batches import Rules, Tokens
 from moshi_ttt.reference import reference_inner_loop
 
 

@@ -1,0 +1,42 @@
+"""The other end of `benchmarks.harness.Contestant`: a round of work for each line on standard input."""
+
+import ctypes
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def settings() -> dict[str, Any]:
+    """What this process was started with. One thread, and the same random numbers for all."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return json.loads(sys.argv[1])
+
+
+def memory_mib(field: str) -> float:
+    """VmRSS, or its highest value VmHWM, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+
+
+def forget_peak() -> None:
+    """Give freed memory back, and start anew to look for the highest use (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def serve(work: Callable[[], Any]) -> None:
+    """Work once for each line, and answer with its CPU time and by how much memory grew at its peak."""
+    for _ in sys.stdin:
+        forget_peak()
+        before, started = memory_mib("VmRSS"), time.process_time()
+        result = work()
+        seconds = time.process_time() - started
+        found = {"cpu_sec": seconds, "peak_mib": memory_mib("VmHWM") - before}
+        del result
+        print(json.dumps(found), flush=True)
