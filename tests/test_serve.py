@@ -11,6 +11,7 @@ from inference.live.protocol import TextPieces
 from moshi_ttt.integration import ttt_layers
 from moshi_ttt.loading import load_tokenizer
 
+
 @pytest.fixture(scope="module")
 def checkpoint(private_cache, tmp_path_factory):
     return short_run(tmp_path_factory.mktemp("serve"))
