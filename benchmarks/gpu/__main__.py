@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.results import line
-from benchmarks.streaming_step import RESULTS
+from benchmarks.harness import RESULTS
 
 TOTAL_SECONDS = 520.0
 
