@@ -8,7 +8,8 @@ from moshi_ttt.kernels.choice import forced
 from moshi_ttt.kernels.residual import gated_sum, normed_sum
 
 SETTINGS = {
-    "bound that acts": {"max_inner_change": 0.05, "mini_batch_size": 3, "learned_token_scale": True},
+    "bound on the last layer": {"max_inner_change": 0.05, "mini_batch_size": 3, "learned_token_scale": True},
+    "bound on both layers": {"max_inner_change": 0.01, "mini_batch_size": 3},
     "no bound": {"max_inner_change": None, "mini_batch_size": 4, "normalize_target": False},
     "many slots": {"mini_batch_size": 20},
 }
