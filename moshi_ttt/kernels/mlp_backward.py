@@ -40,7 +40,7 @@ def _through_pull(d_w, d_center, end, center, at, pull, factor):
 @triton.jit
 def _pull_of(alongs, radius, J: tl.constexpr):
     total = 0.0
-    for part in tl.static_range(J):
+    for part in tl.static_range(J):  # pyright: ignore[reportGeneralTypeIssues]
         total += tl.load(alongs + 2 * part)
     return total / (radius * radius)
 

@@ -39,7 +39,7 @@ def _factor(squares, radius, J: tl.constexpr):
     A change that is not a number is not outside: it stays to be seen.
     """
     square = 0.0
-    for part in tl.static_range(J):
+    for part in tl.static_range(J):  # pyright: ignore[reportGeneralTypeIssues]
         square += tl.load(squares + 2 * part)
     return tl.where(square > radius * radius, radius * tl.rsqrt(square), 1.0)
 

@@ -92,7 +92,7 @@ def through_normalized(d, n, inverse):
 @triton.jit
 def loss_gradient(z, target, gamma, beta):
     """G of the last layer: the gradient of 1/2 || LN(z) - target ||^2 at z. gamma and beta are `[1, D]`."""
-    n, inverse = normalized(z)
+    n, inverse = normalized(z)  # pyright: ignore[reportGeneralTypeIssues]
     return through_normalized((gamma * n + beta - target) * gamma, n, inverse)
 
 
@@ -100,7 +100,7 @@ def loss_gradient(z, target, gamma, beta):
 def through_loss_gradient(z, target, d_g, gamma, beta):
     """Through G = J a with a = gamma (gamma n + beta - target): dz, dtarget, dgamma and dbeta `[D]`."""
     width: tl.constexpr = z.shape[1]
-    n, inverse = normalized(z)
+    n, inverse = normalized(z)  # pyright: ignore[reportGeneralTypeIssues]
     error = gamma * n + beta - target
     a = error * gamma
     d_a = through_normalized(d_g, n, inverse)

@@ -100,7 +100,8 @@ class Group:
         self.ones1 = tokens.q @ tokens.k.transpose(2, 3) + 1
         self.seen = self.eta * self.ones1
         bound = rules.bound
-        self.radii = (1.0, 1.0) if bound is None else bound.radii
+        # The type says Any: what follows these in a call is, to the type checker, more of them.
+        self.radii: Any = (1.0, 1.0) if bound is None else bound.radii
         # Where nothing bounds the weights, the kernels read no center.
         self.center = tokens.q if bound is None else packed(bound.center.weights, bound.center.biases)
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch.autograd.function import once_differentiable
 
 from moshi_ttt.dual_form import differentiable, unpacked
@@ -26,7 +25,7 @@ class Sequence:
         self.rules = rules
         self.launch = launch or fitting(tokens.q.device)
         size, hidden = rules.scale.shape[0], state.weights[0].shape[2]
-        rows = max(self.launch.rows, triton.next_power_of_2(size))
+        rows = max(self.launch.rows, 1 << (size - 1).bit_length())
         self.sizes = Sizes(nets, heads, length, size, rows, width, hidden)
         self.tokens = MiniBatches.of(tokens, self.sizes.size, self.sizes.rows)
         count = self.sizes.mini_batches
