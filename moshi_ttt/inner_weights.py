@@ -129,8 +129,10 @@ def within(state: InnerWeights, bound: InnerBound | None) -> InnerWeights:
     """The weights, in the ball of `bound`: `state` itself where it is known to be inside."""
     if bound is None:
         return state
-    # Working on all costs a GPU more than the wait: some hundred operations in the backward pass.
-    ask = not (state.weights[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    # Working on all is some hundred operations in the backward pass. A captured stream cannot ask, nor can
+    # tensors without numbers.
+    first = state.weights[0]
+    ask = not first.is_meta and not (first.is_cuda and torch.cuda.is_current_stream_capturing())
     layers = [
         pulled_back(weight, bias, layer, bound, ask)
         for layer, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True))
