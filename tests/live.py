@@ -125,6 +125,7 @@ class Live:
     url: str
     http: aiohttp.ClientSession
     runner: web.AppRunner
+    kept_busy: list[threading.Event] = field(default_factory=list)
 
     def chat(self, query: str = "", **options):
         """An open WebSocket of a client that speaks PCM and wants metadata."""
@@ -169,7 +170,12 @@ async def live(checkpoint: Path, access: Access | None = None, static: Path | No
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
         async with aiohttp.ClientSession() as http:
-            yield Live(server, url, http, runner)
+            found = Live(server, url, http, runner)
+            try:
+                yield found
+            finally:
+                for event in found.kept_busy:  # of a test that failed
+                    event.set()
             assert not driver.done()  # the model's thread is well
     finally:
         await server.say_goodbye()
@@ -190,6 +196,7 @@ async def first_conversation(server: Live) -> Conversation:
 def busy(server: Live) -> threading.Event:
     """Keep the model's thread from its work until the event is set."""
     begun, release = threading.Event(), threading.Event()
+    server.kept_busy.append(release)
     server.server.engine._thread.submit(lambda: (begun.set(), release.wait()))
     assert begun.wait(20)
     return release

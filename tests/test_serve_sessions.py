@@ -177,6 +177,22 @@ async def test_all_conversations_are_saved_where_that_is_the_setting(checkpoint,
 
 
 @in_loop
+async def test_a_client_that_vanished_finds_its_conversation(checkpoint, tmp_path):
+    user = speech(12)
+    async with live(checkpoint, **kept(tmp_path / "s"), seed=6) as server:
+        ws = await server.chat("session=new")
+        first = await Client(ws).talk(user[: 6 * FRAME])
+        ws._conn.transport.abort()
+        await server.until_free()
+        assert 'conversations_total{ending="vanished"} 1.0' in await server.metrics()
+        async with server.chat(f"session={first.metadata[0]['session']}") as again:
+            second = await Client(again).talk(user[6 * FRAME :])
+        await ws.close()
+    audio, _ = alone(checkpoint, as_float(user), 6)
+    assert np.array_equal(np.concatenate((first.pcm, second.pcm)), as_pcm(audio))
+
+
+@in_loop
 async def test_frames_that_waited_when_the_client_left_are_heard_when_it_comes_back(checkpoint, tmp_path):
     user = speech(16)
     async with live(checkpoint, **kept(tmp_path / "s"), seed=6) as server:
