@@ -366,3 +366,9 @@ def test_the_stored_table_shows_what_the_readme_says():
     leak = arms["non_causal"]
     assert leak["offline"]["10"][0] == 1.0
     assert leak["streaming"]["10"][2] <= 0.5
+
+
+def test_a_stored_memory_holds_24_pairs():
+    study = json.loads((STORE.parent / "recall_capacity.json").read_text())
+    held = [arm["capacity"]["24"][0] for arms in study.values() for arm in arms.values()]
+    assert max(held) >= 0.9

@@ -74,7 +74,6 @@ def _inner_widths() -> list[Variant]:
         "training.questions": 8,
         "training.max_steps": 3000,
         "training.cooldown_steps": 600,
-        "training.learned": 0.97,
         "training.give_up_steps": 1500,
         "scoring.distances": [10.0],
         "scoring.capacity_pairs": _CAPACITY_PAIRS,
