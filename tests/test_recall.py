@@ -248,7 +248,7 @@ def test_variants_are_chosen_by_name_and_by_arm():
 
     assert names(variants=["base_lr 32.0", "as in the table"]) == ["base_lr 32.0", "as in the table"]
     assert set(names()) - set(names(arms=["ttt_linear"])) == {"inner_init published"}
-    with pytest.raises(ValueError, match="has the variants as in the table; inner_init published; "):
+    with pytest.raises(ValueError, match="has the variants as in the table; base_lr 0.1; "):
         names(variants=["base_lr 2"])
     with pytest.raises(ValueError, match="no variant with the arms attention_full"):
         names(arms=["attention_full"])
