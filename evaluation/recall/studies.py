@@ -29,8 +29,8 @@ class Variant:
 def _one_at_a_time() -> list[Variant]:
     """The benchmark's settings of the TTT layers, and each that could stand in the way, changed alone.
 
-    Taught for few steps with more pairs and questions than in the table: they learn so faster, and what stands
-    in the way shows in minutes.
+    Taught for few steps with more pairs and questions than in the table: memories learn so faster, and what
+    stands in the way shows in minutes.
     """
     few = {
         "training.max_pairs": 16,
