@@ -146,7 +146,7 @@ class Contestant:
 
 def table(entries: Sequence[Entry]) -> str:
     """Entries for the eye."""
-    rows = [("", "ratio", "goal", "ours", "against", "unit", "against what")]
+    rows: list[tuple[str, ...]] = [("", "ratio", "goal", "ours", "against", "unit", "against what")]
     for entry in entries:
         numbers = (entry.ratio, entry.goal, entry.ours, entry.against)
         shown = ["-" if number is None else f"{number:.4g}" for number in numbers]

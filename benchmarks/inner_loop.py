@@ -36,6 +36,7 @@ def contestants(
 ) -> Iterator[dict[str, Contestant]]:
     """Ours and the peers that are at hand, started."""
     given = {"batch": batch, "frames": frames, "mini_batch": mini_batch, "group": GROUP, "groups": 0}
+    given["other_length_first"] = True
     with ExitStack() as stack:
         found = {"ours": Contestant("inner_ours", given)}
         for module, repository in PEERS.items():
@@ -69,7 +70,8 @@ def size_entries(options: Options, batch: int, frames: int, mini_batch: int, rou
     """Entries of one size."""
     what = f"inner loop, batch {batch}, {frames} frames, mini-batch {mini_batch}"
     with contestants(options, batch, frames, mini_batch) as found:
-        seconds = medians(rounds_of(found, rounds))
+        every = rounds_of(found, rounds)
+        seconds = medians(every)
         peaks = {name: max(contestant.peak_mib[1:]) for name, contestant in found.items()}
     entries = []
     for module, repository in PEERS.items():
@@ -77,10 +79,13 @@ def size_entries(options: Options, batch: int, frames: int, mini_batch: int, rou
         if module not in found:
             entries += [not_measured(name, 2.0, "give peers=FOLDER with its checkout") for name in names]
             continue
-        pairs = [(seconds, "CPU s"), (peaks, "MiB")]
+        times = {name: [round(t, 3) for t in every[name]] for name in ("ours", module)}
+        pairs = [(seconds, "CPU s", {"rounds": times}), (peaks, "MiB", {})]
         entries += [
-            lower_is_better(name, values["ours"], values[module], 2.0, unit, f"{repository}, its defaults")
-            for name, (values, unit) in zip(names, pairs, strict=True)
+            lower_is_better(
+                name, values["ours"], values[module], 2.0, unit, f"{repository}, its defaults", **more
+            )
+            for name, (values, unit, more) in zip(names, pairs, strict=True)
         ]
     return entries
 

@@ -84,13 +84,12 @@ def forward_group(tokens: Tokens, start: InnerWeights, rules: Rules, size: int) 
     """Outputs `[M, N, K, D]` and the trace of a group that starts with the weights `start`."""
     parts = Tokens(*(x.contiguous() for x in tokens.in_mini_batches(size).tensors()))
     trace = _keys(parts, start, rules)
-    count = parts.q.shape[0]
-    flat = [x.flatten(0, 1) for x in (parts.q, trace.eta)]
-    known = [[x.flatten(0, 1) for x in xs] for xs in (trace.keys.inputs, trace.keys.grads)]
+    count, q, eta = parts.q.shape[0], parts.q.flatten(0, 1), trace.eta.flatten(0, 1)
+    inputs, grads = ([x.flatten(0, 1) for x in xs] for xs in (trace.keys.inputs, trace.keys.grads))
     weights, biases = (
         [x[:-1].flatten(0, 1) for x in xs] for xs in (trace.starts.weights, trace.starts.biases)
     )
-    found = query_pass(*flat, *known, InnerWeights(tuple(weights), tuple(biases)))
+    found = query_pass(q, eta, inputs, grads, InnerWeights(tuple(weights), tuple(biases)))
     trace.queries, trace.answers = ([x.unflatten(0, (count, -1)) for x in xs] for xs in found)
     return parts.q + layer_norm(trace.answers[-1], rules.norm), trace
 

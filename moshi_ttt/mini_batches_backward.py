@@ -39,9 +39,13 @@ class Gradients:
         """Those of the last weights and biases; zero for all else."""
         bound = rules.bound
         centers = () if bound is None else (*bound.center.weights, *bound.center.biases)
-        shared = (rules.norm.weight, rules.norm.bias, rules.scale)
-        zeros = [torch.zeros_like(x) for x in (*shared, *centers)]
-        return Gradients(state, *zeros[:3], zeros[3:])
+        return Gradients(
+            state,
+            torch.zeros_like(rules.norm.weight),
+            torch.zeros_like(rules.norm.bias),
+            torch.zeros_like(rules.scale),
+            [torch.zeros_like(x) for x in centers],
+        )
 
     def of_nets(self, nets: slice, rules: Rules) -> "Gradients":
         """Views for some nets; what is shared stays whole."""

@@ -19,10 +19,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks.contestants.rounds import serve, settings
-from finetune.data.interleaver import (  # type: ignore[import-not-found]
-    Batch,
-    InterleavedTokenizer,
-    Interleaver,
+from finetune.data.interleaver import (
+    Batch,  # type: ignore[attr-defined]
+    InterleavedTokenizer,  # type: ignore[attr-defined]
+    Interleaver,  # type: ignore[attr-defined]
 )
 from finetune.loss import compute_loss_with_mask  # type: ignore[import-not-found]
 from moshi_ttt.loading import ModelConfig, find_base, load_mimi, load_tokenizer
