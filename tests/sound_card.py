@@ -48,14 +48,14 @@ class SoundCard:
             stdout=asyncio.subprocess.PIPE,
         )
         assert self._wire.stdout is not None
-        assert await asyncio.wait_for(self._wire.stdout.readline(), 30) == b"ready\n"
+        assert await asyncio.wait_for(self._wire.stdout.readline(), 120) == b"ready\n"
 
     async def unplug(self) -> np.ndarray:
         """What the program played, in blocks `[n, 1920]`."""
         assert self._wire is not None
         if self._wire.returncode is None:
             self._wire.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(self._wire.wait(), 20) == 0
+        assert await asyncio.wait_for(self._wire.wait(), 60) == 0
         return np.load(self._folder / "heard.npy")
 
 
