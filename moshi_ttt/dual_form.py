@@ -9,22 +9,22 @@ that their weights stay in a core's cache: products with them are then three tim
 backward pass needs of a group of mini-batches is held for a few nets at a time.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from moshi_ttt.inner_network import InnerNorm
+from moshi_ttt.inner_network import InnerNorm, layer_norm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
-from moshi_ttt.mini_batches import Rules, Tokens, Trace, forward_group
+from moshi_ttt.mini_batches import Answers, Rules, Tokens, answer_group, in_mini_batches, trace_group
 from moshi_ttt.mini_batches_backward import Gradients, backward_group
 
-CACHE_BYTES = 2**21
+CACHE_BYTES = 2**20
 """Inner weights that are worked on at once, for each thread; with fewer, Python would take over."""
 
-
 GROUP_SIZE = 16
-"""Mini-batches worked on together where nothing is kept for a backward pass."""
+"""Mini-batches worked on together where there is no backward pass."""
 
 
 def nets_at_once(state: InnerWeights, rules: Rules) -> list[slice]:
@@ -44,68 +44,73 @@ def nets_at_once(state: InnerWeights, rules: Rules) -> list[slice]:
 class DualForm(torch.autograd.Function):
     """The scan over mini-batches.
 
-    `dual_form` puts its tensors in order. Traces of groups of mini-batches are made again in the backward
-    pass; where all are one group they are kept until then.
+    `dual_form` puts its tensors in order. Of the forward pass only the outputs of the last inner layer are
+    kept, and the weights that groups of mini-batches start with; the backward pass makes the rest again.
     """
 
     @staticmethod
     def forward(ctx: Any, group_size: int, radii: tuple[float, ...] | None, *tensors: torch.Tensor) -> Any:
         tokens, state, rules = unpacked(tensors, radii)
-        kept = [] if group_size == 0 or tokens.q.shape[1] <= group_size * rules.scale.shape[0] else None
-        out, ends, starts = _scan(tokens, state, rules, group_size or tokens.q.shape[1], kept)
+        group_size = group_size or tokens.q.shape[1]
+        kept: list[_Kept] = []
+        out, end = _scan(tokens, state, rules, group_size, kept)
         ctx.save_for_backward(*tensors)
-        ctx.radii, ctx.starts, ctx.kept, ctx.group_size = radii, starts, kept, group_size
-        return out, *ends.weights, *ends.biases
+        ctx.set_materialize_grads(False)
+        ctx.radii, ctx.kept, ctx.group_size = radii, kept, group_size
+        return out, *end.weights, *end.biases
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor, *d_state: torch.Tensor) -> Any:
+    def backward(ctx: Any, d_out: torch.Tensor | None, *d_state: torch.Tensor | None) -> Any:
         tokens, state, rules = unpacked(ctx.saved_tensors, ctx.radii)
-        d = Gradients.begin([g.clone() for g in d_state], rules)
+        ends = zip(d_state, (*state.weights, *state.biases), strict=True)
+        d = Gradients.begin([torch.zeros_like(x) if g is None else g.clone() for g, x in ends], rules)
         d_tokens = Tokens(*(torch.empty_like(x) for x in tokens.tensors()))
-        kept, ctx.kept = ctx.kept or [], None
-        length = tokens.q.shape[1]
-        groups = list(enumerate(rules.groups(length, ctx.group_size or length)))
-        for number, nets in reversed(list(enumerate(nets_at_once(state, rules)))):
-            of_nets, d_nets = rules.of_nets(nets), d.of_nets(nets, rules)
-            for index, (part, size) in reversed(groups):
-                if kept:
-                    trace = kept.pop()  # each is let go of as soon as it is done
-                else:
-                    start = ctx.starts[number][index - 1] if index else state.of_nets(nets)
-                    _, trace = forward_group(tokens.part(nets, part), start, of_nets, size)
-                d_parts = d_out[nets, part].unflatten(1, (-1, size)).transpose(0, 1)
-                found = backward_group(trace, d_parts.contiguous(), of_nets, d_nets)
-                whole = d_tokens.part(nets, part).in_mini_batches(size)
-                for into, gradient in zip(whole.tensors(), found.tensors(), strict=True):
-                    into.copy_(gradient)
+        d_out = torch.zeros_like(tokens.q) if d_out is None else d_out
+        for kept in reversed(ctx.kept):
+            nets, part, size = kept.nets, kept.part, kept.size
+            of_nets = rules.of_nets(nets)
+            start = state.of_nets(nets) if kept.start is None else kept.start
+            parts = tokens.part(nets, part).in_mini_batches(size)
+            trace = trace_group(parts, start, of_nets, kept.answers)
+            d_parts = in_mini_batches(d_out[nets, part], size).contiguous()
+            found = backward_group(trace, d_parts, of_nets, d.of_nets(nets, rules))
+            for into, gradient in zip(d_tokens.part(nets, part).tensors(), found.tensors(), strict=True):
+                in_mini_batches(into, size).copy_(gradient)
         return None, None, *d_tokens.tensors(), d.norm_weight, d.norm_bias, d.scale, *d.state, *d.center
 
 
-def _scan(
-    tokens: Tokens, state: InnerWeights, rules: Rules, group_size: int, traces: list[Trace] | None
-) -> tuple[torch.Tensor, InnerWeights, list[list[InnerWeights]]]:
-    """All groups of all nets.
+@dataclass
+class _Kept:
+    """What is kept of a group of mini-batches until the backward pass.
 
     Args:
-        traces: theirs are put here, if given.
-    Returns:
-        Outputs `[N, T, D]`, the last weights, and for each part of the nets the weights that its groups but
-        the first start with.
+        start: its first weights; None: those of the sequence.
     """
-    out, ends, starts = torch.empty_like(tokens.q), state.clone(), []
+
+    nets: slice
+    part: slice
+    size: int
+    start: InnerWeights | None
+    answers: Answers
+
+
+def _scan(
+    tokens: Tokens, state: InnerWeights, rules: Rules, group_size: int, kept: list[_Kept] | None
+) -> tuple[torch.Tensor, InnerWeights]:
+    """Outputs `[N, T, D]` and last weights of all groups of all nets; what is kept of them is put in `kept`."""
+    out, end = torch.empty_like(tokens.q), state.clone()
     for nets in nets_at_once(state, rules):
-        of_nets, now = rules.of_nets(nets), ends.of_nets(nets)
-        starts.append([])
+        of_nets, now = rules.of_nets(nets), end.of_nets(nets)
         for part, size in rules.groups(tokens.q.shape[1], group_size):
-            if part.start > 0:
-                starts[-1].append(now.clone())
-            answers, trace = forward_group(tokens.part(nets, part), now, of_nets, size)
-            out[nets, part].unflatten(1, (-1, size)).transpose(0, 1).copy_(answers)
-            now.copy_(trace.starts.at(-1))
-            if traces is not None:
-                traces.append(trace)
-    return out, ends, starts
+            parts = tokens.part(nets, part).in_mini_batches(size)
+            start = None if kept is None or part.start == 0 else now.clone()
+            answers = answer_group(parts, now, of_nets)
+            outputs = parts.q + layer_norm(answers.queries, of_nets.norm)
+            in_mini_batches(out[nets, part], size).copy_(outputs)
+            if kept is not None:
+                kept.append(_Kept(nets, part, size, start, answers))
+    return out, end
 
 
 def unpacked(
@@ -125,7 +130,7 @@ def dual_form(
 ) -> tuple[torch.Tensor, InnerWeights]:
     """Outputs `[N, T, D]` and last weights of a sequence; see `moshi_ttt.inner_loop.inner_loop`."""
     if not torch.is_grad_enabled():
-        return _scan(tokens, state, rules, GROUP_SIZE, None)[:2]
+        return _scan(tokens, state, rules, GROUP_SIZE, None)
     return differentiable(DualForm, tokens, state, rules, checkpoint_group_size)
 
 

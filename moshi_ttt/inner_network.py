@@ -4,7 +4,7 @@ The maths is in `moshi_ttt/inner_loop.py`. Everything works on N = batch rows x 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +43,9 @@ def layer_norm_l2_grad(z: torch.Tensor, target: torch.Tensor, norm: InnerNorm) -
     )[0]
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
+def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """GELU in its tanh form."""
-    return F.gelu(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh") if out is None else torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
 
 
 def gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -53,9 +53,9 @@ def gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
-def gelu_slope(x: torch.Tensor) -> torch.Tensor:
-    """Derivative of `gelu` at x."""
-    return gelu_backward(torch.ones_like(x), x)
+def gelu_slope(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Derivative of `gelu` at x, written into `out`."""
+    return torch.ops.aten.gelu_backward.grad_input(out.fill_(1), x, approximate="tanh", grad_input=out)
 
 
 def gelu_second(x: torch.Tensor) -> torch.Tensor:
@@ -88,31 +88,12 @@ class KeyPass:
     Args:
         inputs: X of each layer, `[N, T, d_in]`.
         outputs: Z of each layer, before its GELU, `[N, T, d_out]`.
-        grads: G of each layer, the loss gradients at Z: `slopes * throughs` in all but the last.
-        slopes: derivatives of GELU at Z, of all layers but the last.
-        throughs: the loss gradients after GELU, likewise.
+        grads: G of each layer, the loss gradients at Z.
     """
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     grads: list[torch.Tensor]
-    slopes: list[torch.Tensor]
-    throughs: list[torch.Tensor]
-
-    @staticmethod
-    def stack(passes: "Sequence[KeyPass]", k: torch.Tensor) -> "KeyPass":
-        """Of several mini-batches, `[M, N, T, ...]`; k are their keys, together already."""
-
-        def stacked(of_passes: Iterable[list[torch.Tensor]]) -> list[torch.Tensor]:
-            return [torch.stack(parts) for parts in zip(*of_passes, strict=True)]
-
-        return KeyPass(
-            [k, *stacked(one.inputs[1:] for one in passes)],
-            stacked(one.outputs for one in passes),
-            stacked(one.grads for one in passes),
-            stacked(one.slopes for one in passes),
-            stacked(one.throughs for one in passes),
-        )
 
 
 def key_pass(k: torch.Tensor, target: torch.Tensor, state: InnerWeights, norm: InnerNorm) -> KeyPass:
@@ -123,12 +104,9 @@ def key_pass(k: torch.Tensor, target: torch.Tensor, state: InnerWeights, norm: I
         if index + 1 < len(state.weights):
             inputs.append(gelu(outputs[-1]))
     grads = [layer_norm_l2_grad(outputs[-1], target, norm)]
-    slopes, throughs = [], []
     for weight, hidden in zip(reversed(state.weights[1:]), reversed(outputs[:-1]), strict=True):
-        slopes.append(gelu_slope(hidden))
-        throughs.append(_back_through(weight, grads[-1]))
-        grads.append(slopes[-1] * throughs[-1])
-    return KeyPass(inputs, outputs, grads[::-1], slopes[::-1], throughs[::-1])
+        grads.append(gelu_backward(_back_through(weight, grads[-1]), hidden))
+    return KeyPass(inputs, outputs, grads[::-1])
 
 
 def query_pass(

@@ -125,14 +125,17 @@ def _distance(
     return changes, square + changes[1].square().sum(dim=(-2, -1), keepdim=True)
 
 
+def can_ask(state: InnerWeights) -> bool:
+    """Whether the host can look at the numbers: not of tensors without any, nor in a stream being captured."""
+    first = state.weights[0]
+    return not first.is_meta and not (first.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def within(state: InnerWeights, bound: InnerBound | None) -> InnerWeights:
     """The weights, in the ball of `bound`: `state` itself where it is known to be inside."""
     if bound is None:
         return state
-    # Working on all is some hundred operations in the backward pass. A captured stream cannot ask, nor can
-    # tensors without numbers.
-    first = state.weights[0]
-    ask = not first.is_meta and not (first.is_cuda and torch.cuda.is_current_stream_capturing())
+    ask = can_ask(state)  # else all are worked on: some hundred operations in the backward pass
     layers = [
         pulled_back(weight, bias, layer, bound, ask)
         for layer, (weight, bias) in enumerate(zip(state.weights, state.biases, strict=True))
@@ -142,29 +145,39 @@ def within(state: InnerWeights, bound: InnerBound | None) -> InnerWeights:
     return state if unchanged else InnerWeights(weights, biases)
 
 
-def stays_within(
-    state: InnerWeights,
-    bound: InnerBound,
-    inputs: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    steps: torch.Tensor,
-) -> bool:
-    """Whether all weights of a group of mini-batches are surely in the ball, without looking at them.
+class UpdateLengths:
+    """How far the updates of some mini-batches can have taken the weights, from the lengths of their factors.
 
-    None of them is further than the first plus the norms of the updates in between, and those have cheap
-    bounds: the norm of an update by one token is the product of its factors' norms.
-
-    Args:
-        state: weights at the group's start.
-        inputs, grads: X and G of each layer, `[M, N, K, ...]`.
-        steps: step sizes `[M, N, K]` of what a mini-batch adds to the weights.
+    The norm of an update by one token is the product of its factors' norms: far less work than looking at
+    the weights.
     """
-    for layer, (x, grad) in enumerate(zip(inputs, grads, strict=True)):
+
+    def __init__(self) -> None:
+        self._factors: list[list[torch.Tensor]] = []
+        self._steps: list[torch.Tensor] = []
+
+    def add(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], step: torch.Tensor) -> None:
+        """A mini-batch's update: X and G of each layer `[N, K, ...]`, and step sizes `[N, K]`."""
+        self._factors.append([torch.linalg.vector_norm(x, dim=-1) for x in (*inputs, *grads)])
+        self._steps.append(step)
+
+    def of_layers(self) -> list[torch.Tensor]:
+        """The sum of the updates' norms of each layer, `[N]`."""
+        steps = torch.stack(self._steps).abs()
+        norms = [torch.stack(of_factor) for of_factor in zip(*self._factors, strict=True)]
+        depth = len(norms) // 2
         # The bias is a weight whose input is 1.
-        lengths = torch.linalg.vector_norm(x, dim=-1).square_().add_(1).sqrt_()
-        lengths.mul_(torch.linalg.vector_norm(grad, dim=-1)).mul_(steps)
+        pairs = zip(norms[:depth], norms[depth:], strict=True)
+        return [(x.square().add(1).sqrt() * grad * steps).sum((0, 2)) for x, grad in pairs]
+
+
+def stays_within(state: InnerWeights, bound: InnerBound, lengths: UpdateLengths) -> bool:
+    """Whether weights that start at `state` surely were in the ball after each of these updates.
+
+    None of them is further than the first plus the lengths of the updates in between.
+    """
+    for layer, length in enumerate(lengths.of_layers()):
         _, square = _distance(state.weights[layer], state.biases[layer], layer, bound)
-        furthest = square.sqrt().flatten() + lengths.abs_().sum((0, 2))
-        if not (furthest < (1 - _ROUNDING) * bound.radii[layer]).all():
+        if not (square.sqrt().flatten() + length < (1 - _ROUNDING) * bound.radii[layer]).all():
             return False
     return True

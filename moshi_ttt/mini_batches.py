@@ -1,17 +1,25 @@
 """A group of mini-batches of the inner loop's dual form, forward. The maths is in `moshi_ttt/inner_loop.py`.
 
-What one mini-batch has to wait for is the keys' pass of the one before, which makes its weights. Queries only
-read those: all of a group are answered together. Tensors of a group are `[M, N, K, ...]`, M mini-batches of K
-tokens for N nets.
+Two walks over the same mini-batches: `answer_group` answers queries and changes the weights in place;
+`trace_group` walks again in the backward pass, and keeps what that needs. It is spared the last layer, whose
+outputs were kept. Tensors of a group are `[M, N, K, ...]`, M mini-batches of K tokens for N nets.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from moshi_ttt.inner_network import InnerNorm, KeyPass, fold, key_pass, layer_norm, query_pass
-from moshi_ttt.inner_weights import InnerBound, InnerWeights, stays_within, within
+from moshi_ttt.inner_network import InnerNorm, fold, gelu, gelu_slope, key_pass, query_pass
+from moshi_ttt.inner_weights import (
+    InnerBound,
+    InnerWeights,
+    UpdateLengths,
+    can_ask,
+    stays_within,
+    within,
+)
+from moshi_ttt.loss_gradient import LossGradient
 
 
 @dataclass
@@ -28,12 +36,17 @@ class Tokens:
         return Tokens(*(x[nets, tokens] for x in self.tensors()))
 
     def in_mini_batches(self, size: int) -> "Tokens":
-        """Views `[M, N, K, ...]`."""
-        return Tokens(*(x.unflatten(1, (-1, size)).transpose(0, 1) for x in self.tensors()))
+        """`[M, N, K, ...]`, each of it contiguous: views where there is one net."""
+        return Tokens(*(in_mini_batches(x, size).contiguous() for x in self.tensors()))
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In the order of the fields."""
         return self.q, self.k, self.target, self.lr
+
+
+def in_mini_batches(x: torch.Tensor, size: int) -> torch.Tensor:
+    """`[N, T, ...]` as a view `[M, N, K, ...]`."""
+    return x.unflatten(1, (-1, size)).transpose(0, 1)
 
 
 @dataclass
@@ -58,68 +71,193 @@ class Rules:
         if whole < tokens:
             yield slice(whole, tokens), tokens - whole
 
+    def step_sizes(self, lr: torch.Tensor) -> torch.Tensor:
+        """`[M, N, K, K]` from rates `[M, N, K]`: of token s (column) in the weights of token t (row)."""
+        size = lr.shape[-1]
+        return self.scale[:size, :size] * lr[:, :, None, :]
+
+
+@dataclass
+class Answers:
+    """What a group's queries are answered with, and what makes it needless to do the last layer again.
+
+    Args:
+        keys, queries: outputs of the last layer, before its LayerNorm, `[M, N, K, D]`.
+        bounded: the bound was looked at after each mini-batch, because it could have been passed.
+    """
+
+    keys: torch.Tensor
+    queries: torch.Tensor
+    bounded: bool
+
+
+def answer_group(tokens: Tokens, now: InnerWeights, rules: Rules) -> Answers:
+    """Answer a group's queries; `now` becomes the weights after it.
+
+    Args:
+        tokens: in mini-batches.
+    """
+    bound = rules.bound
+    if bound is None or not can_ask(now) or not bound.holds(now, 0.5):
+        return _answers(tokens, now, rules, bound)
+    # Weights are looked at after each mini-batch only where the lengths of the updates say that they must be.
+    start, lengths = now.clone(), UpdateLengths()
+    answers = _answers(tokens, now, rules, None, lengths)
+    if stays_within(start, bound, lengths):
+        return answers
+    now.copy_(start)
+    return _answers(tokens, now, rules, bound)
+
+
+def _answers(
+    tokens: Tokens,
+    now: InnerWeights,
+    rules: Rules,
+    bound: InnerBound | None,
+    lengths: UpdateLengths | None = None,
+) -> Answers:
+    eta = rules.step_sizes(tokens.lr)
+    answers = Answers(torch.empty_like(tokens.k), torch.empty_like(tokens.q), bound is not None)
+    for index in range(tokens.k.shape[0]):
+        keys = key_pass(tokens.k[index], tokens.target[index], now, rules.norm)
+        _, outputs = query_pass(tokens.q[index], eta[index], keys.inputs, keys.grads, now)
+        answers.keys[index], answers.queries[index] = keys.outputs[-1], outputs[-1]
+        step = eta[index, :, -1]
+        if lengths is not None:
+            lengths.add(keys.inputs, keys.grads, step)
+        fold(keys.inputs, keys.grads, step, now, out=now)
+        inside = within(now, bound)
+        if inside is not now:
+            now.copy_(inside)
+    return answers
+
 
 @dataclass
 class Trace:
     """What the backward pass of a group needs of its forward pass.
 
+    Lists have an entry for each layer; hidden ones for all but the last.
+
     Args:
-        starts: the weights at the start of each mini-batch and, last, after the group: `[M + 1, N, ...]`.
-        eta: step sizes `[M, N, K, K]`: of token s (column) in the weights of token t (row).
-        keys: what the keys made, `[M, N, K, ...]`.
+        starts: the weights at the start of each mini-batch, `[M, N, ...]`.
+        eta: step sizes `[M, N, K, K]`, see `Rules.step_sizes`.
+        loss: the last layer's G, and the way back through it.
+        inputs: X of the keys.
+        grads: G of the keys, hidden: `slopes * throughs`.
+        scaled: G times the step sizes that the weights after the mini-batch are made with.
+        outputs: Z of the keys, before GELU, hidden.
+        slopes: derivatives of GELU at Z, hidden.
+        throughs: loss gradients after GELU, hidden.
+        queries: X of the queries.
+        products: `x X^T + 1` of queries and keys, `[M, N, K, K]`, hidden.
+        reads: Z of the queries.
         outside: the weights after a mini-batch's updates, where the bound drew some of them back.
-        queries, answers: inputs and outputs of every layer for the queries, `[M, N, K, ...]`.
     """
 
     tokens: Tokens
     starts: InnerWeights
     eta: torch.Tensor
-    keys: KeyPass
+    loss: LossGradient
+    inputs: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    scaled: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    slopes: list[torch.Tensor]
+    throughs: list[torch.Tensor]
+    queries: list[torch.Tensor]
+    products: list[torch.Tensor]
+    reads: list[torch.Tensor]
     outside: dict[int, InnerWeights]
-    queries: list[torch.Tensor] = field(default_factory=list)
-    answers: list[torch.Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def begin(tokens: Tokens, start: InnerWeights, rules: Rules, answers: Answers) -> "Trace":
+        """Room for a group, in which only what needs no inner weights is there yet."""
+        shape = tokens.k.shape[:-1]
+        widths = [weight.shape[-1] for weight in start.weights[:-1]]
+
+        def hidden() -> list[torch.Tensor]:
+            return [tokens.k.new_empty(*shape, width) for width in widths]
+
+        def starts(xs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return tuple(x.new_empty(shape[0], *x.shape) for x in xs)
+
+        eta = rules.step_sizes(tokens.lr)
+        loss = LossGradient(answers.keys, tokens.target, rules.norm)
+        return Trace(
+            tokens=tokens,
+            starts=InnerWeights(starts(start.weights), starts(start.biases)),
+            eta=eta,
+            loss=loss,
+            inputs=[tokens.k, *hidden()],
+            grads=[*hidden(), loss.grad],
+            scaled=[*hidden(), eta[:, :, -1, :, None] * loss.grad],
+            outputs=hidden(),
+            slopes=hidden(),
+            throughs=hidden(),
+            queries=[tokens.q],
+            products=[],
+            reads=[],
+            outside={},
+        )
 
 
-def forward_group(tokens: Tokens, start: InnerWeights, rules: Rules, size: int) -> tuple[torch.Tensor, Trace]:
-    """Outputs `[M, N, K, D]` and the trace of a group that starts with the weights `start`."""
-    parts = Tokens(*(x.contiguous() for x in tokens.in_mini_batches(size).tensors()))
-    trace = _keys(parts, start, rules)
-    count, q, eta = parts.q.shape[0], parts.q.flatten(0, 1), trace.eta.flatten(0, 1)
-    inputs, grads = ([x.flatten(0, 1) for x in xs] for xs in (trace.keys.inputs, trace.keys.grads))
-    weights, biases = (
-        [x[:-1].flatten(0, 1) for x in xs] for xs in (trace.starts.weights, trace.starts.biases)
-    )
-    found = query_pass(q, eta, inputs, grads, InnerWeights(tuple(weights), tuple(biases)))
-    trace.queries, trace.answers = ([x.unflatten(0, (count, -1)) for x in xs] for xs in found)
-    return parts.q + layer_norm(trace.answers[-1], rules.norm), trace
+def trace_group(tokens: Tokens, start: InnerWeights, rules: Rules, answers: Answers) -> Trace:
+    """The trace of a group that starts with the weights `start`.
+
+    Args:
+        tokens: in mini-batches.
+    """
+    trace = Trace.begin(tokens, start, rules, answers)
+    trace.starts.at(0).copy_(start)
+    for index in range(tokens.k.shape[0]):
+        _trace_keys(trace, index)
+        _trace_update(trace, index, rules.bound if answers.bounded else None)
+    _trace_queries(trace)
+    trace.reads.append(answers.queries)
+    return trace
 
 
-def _keys(parts: Tokens, start: InnerWeights, rules: Rules) -> Trace:
-    """The trace of a group without its queries."""
-    size = parts.lr.shape[2]
-    eta = rules.scale[:size, :size] * parts.lr[:, :, None, :]
-    bound, is_cpu = rules.bound, parts.k.device.type == "cpu"
-    if bound is not None and is_cpu and bound.holds(start, 0.5):
-        trace = _pass(parts, start, rules.norm, None, eta)
-        if stays_within(start, bound, trace.keys.inputs, trace.keys.grads, eta[:, :, -1]):
-            return trace
-    return _pass(parts, start, rules.norm, bound, eta)
+def _trace_keys(trace: Trace, index: int) -> None:
+    """Of one mini-batch: what its keys made, and, scaled, what it adds to the weights."""
+    now, step = trace.starts.at(index), trace.eta[index, :, -1, :, None]
+    for layer, outputs in enumerate(trace.outputs):
+        z = outputs[index]
+        torch.baddbmm(now.biases[layer], trace.inputs[layer][index], now.weights[layer], out=z)
+        gelu(z, out=trace.inputs[layer + 1][index])
+    for layer in reversed(range(len(trace.outputs))):
+        through, slope, grad = (x[layer][index] for x in (trace.throughs, trace.slopes, trace.grads))
+        torch.bmm(trace.grads[layer + 1][index], now.weights[layer + 1].mT, out=through)
+        torch.mul(gelu_slope(trace.outputs[layer][index], out=slope), through, out=grad)
+        torch.mul(step, grad, out=trace.scaled[layer][index])
 
 
-def _pass(
-    parts: Tokens, start: InnerWeights, norm: InnerNorm, bound: InnerBound | None, eta: torch.Tensor
-) -> Trace:
-    """The keys' passes one after the other; `bound` is looked at after each."""
-    count = parts.k.shape[0]
-    weights, biases = ([x.new_empty(count + 1, *x.shape) for x in xs] for xs in (start.weights, start.biases))
-    starts, outside, passes = InnerWeights(tuple(weights), tuple(biases)), {}, []
-    starts.at(0).copy_(start)
-    for index in range(count):
-        now, end = starts.at(index), starts.at(index + 1)
-        passes.append(key_pass(parts.k[index], parts.target[index], now, norm))
-        fold(passes[-1].inputs, passes[-1].grads, eta[index, :, -1], now, out=end)
-        inside = within(end, bound)
-        if inside is not end:
-            outside[index] = end.clone()
-            end.copy_(inside)
-    return Trace(parts, starts, eta, KeyPass.stack(passes, parts.k), outside)
+def _trace_update(trace: Trace, index: int, bound: InnerBound | None) -> None:
+    """The weights after a mini-batch; those after the last one only for what the bound did to them."""
+    is_last = index + 1 == trace.eta.shape[0]
+    if is_last and bound is None:
+        return
+    now = trace.starts.at(index)
+    end = now.clone() if is_last else trace.starts.at(index + 1)
+    inputs, scaled = ([x[index] for x in xs] for xs in (trace.inputs, trace.scaled))
+    for x, change, before, after in zip(inputs, scaled, now.weights, end.weights, strict=True):
+        torch.baddbmm(before, x.mT, change, alpha=-1, out=after)
+    for change, before, after in zip(scaled, now.biases, end.biases, strict=True):
+        torch.sub(before, change.sum(1, keepdim=True), out=after)
+    inside = within(end, bound)
+    if inside is not end:
+        trace.outside[index] = end.clone()
+        end.copy_(inside)
+
+
+def _trace_queries(trace: Trace) -> None:
+    """Hidden layers of all the group's queries at once."""
+    eta = trace.eta.flatten(0, 1)
+    for layer, key in enumerate(trace.inputs[:-1]):
+        x = trace.queries[-1]
+        weight, bias = (xs[layer].flatten(0, 1) for xs in (trace.starts.weights, trace.starts.biases))
+        product = torch.bmm(x.flatten(0, 1), key.flatten(0, 1).mT).add_(1)
+        z = torch.baddbmm(bias, x.flatten(0, 1), weight)
+        z.baddbmm_(eta * product, trace.grads[layer].flatten(0, 1), alpha=-1)
+        trace.products.append(product.view_as(trace.eta))
+        trace.reads.append(z.unflatten(0, x.shape[:2]))
+        trace.queries.append(gelu(trace.reads[-1]))

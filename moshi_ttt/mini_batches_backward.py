@@ -84,15 +84,17 @@ def backward_group(trace: Trace, d_out: torch.Tensor, rules: Rules, d: Gradients
         d_out: of its outputs.
     """
     queries = _Queries(trace, d_out, rules, d)
-    keys = _Keys(trace, queries, rules)
+    keys = _Keys(trace, queries)
     for index in reversed(range(d_out.shape[0])):
         if index in trace.outside:
             _backward_bound(trace.outside[index], rules, d)
         keys.backward(index, d)
     d_eta = queries.d_eta
-    for d_scaled, grad in zip(keys.d_scaled, trace.keys.grads, strict=True):
+    for d_scaled, grad in zip(keys.d_scaled, trace.grads, strict=True):
         d_eta[:, :, -1] += (d_scaled * grad).sum(-1)
-    d_target = keys.loss.finish(d)
+    d_target, d_weight, d_bias = trace.loss.finish()
+    d.norm_weight += d_weight
+    d.norm_bias += d_bias
     length = d_eta.shape[-1]
     scale = rules.scale[:length, :length]
     d.scale[:length, :length].add_((d_eta * trace.tokens.lr[:, :, None, :]).sum((0, 1)))
@@ -130,30 +132,29 @@ class _Queries:
         d_q: of the queries.
         d_eta: of the step sizes, without what the updates of the weights give.
         d_inputs, d_grads: of X and G of the keys of each layer, as far as the queries read them.
-        d_answers: of the outputs of each layer for the queries.
+        d_reads: of the outputs of each layer for the queries.
     """
 
     def __init__(self, trace: Trace, d_out: torch.Tensor, rules: Rules, d: Gradients):
-        keys, eta = trace.keys, trace.eta
+        eta = trace.eta
         self.d_eta = torch.zeros_like(eta)
-        self.d_inputs, self.d_grads, self.d_answers = [], [], []
-        d_z = _backward_layer_norm(trace.answers[-1], d_out, rules.norm, d)
-        d_x = d_z
-        for layer in reversed(range(len(trace.starts.weights))):
-            x, key, grad = trace.queries[layer], keys.inputs[layer], keys.grads[layer]
-            ones = _bmm(x, key.mT).add_(1)
+        self.d_inputs, self.d_grads, self.d_reads = [], [], []
+        products = [*trace.products, _bmm(trace.queries[-1], trace.inputs[-1].mT).add_(1)]
+        d_x = _backward_layer_norm(trace.reads[-1], d_out, rules.norm, d)
+        for layer in reversed(range(len(products))):
+            # z = x W + b - (eta * (x X^T + 1)) G
+            d_z = d_x if layer + 1 == len(products) else gelu_backward(d_x, trace.reads[layer])
+            x, key, grad = trace.queries[layer], trace.inputs[layer], trace.grads[layer]
             d_steps = _bmm(d_z, grad.mT).neg_()
-            self.d_eta.addcmul_(d_steps, ones)
+            self.d_eta.addcmul_(d_steps, products[layer])
             d_products = d_steps.mul_(eta)
-            self.d_grads.append(_bmm(ones.mul_(eta).mT, d_z).neg_())
+            self.d_grads.append(_bmm(products[layer].mul_(eta).mT, d_z).neg_())
             self.d_inputs.append(_bmm(d_products.mT, x))
-            self.d_answers.append(d_z)
-            d_x = _bmm(d_z, trace.starts.weights[layer][:-1].mT)
+            self.d_reads.append(d_z)
+            d_x = _bmm(d_z, trace.starts.weights[layer].mT)
             d_x.flatten(0, 1).baddbmm_(d_products.flatten(0, 1), key.flatten(0, 1))
-            if layer > 0:
-                d_z = gelu_backward(d_x, trace.answers[layer - 1])
         self.d_q = d_x.add_(d_out)
-        for of_layers in (self.d_inputs, self.d_grads, self.d_answers):
+        for of_layers in (self.d_inputs, self.d_grads, self.d_reads):
             of_layers.reverse()
 
 
@@ -169,100 +170,42 @@ def _backward_layer_norm(z: torch.Tensor, d_out: torch.Tensor, norm: InnerNorm, 
 
 
 class _Keys:
-    """Backward pass of the keys of a group, a mini-batch at a time.
+    """Backward pass of the keys of a group, a mini-batch at a time."""
 
-    `left` and `right` are the factors of what a mini-batch adds to the gradient of a layer's weight: of its
-    queries, of its keys and, in all layers but the first, of G W^T; one product for all three.
-    """
-
-    def __init__(self, trace: Trace, queries: _Queries, rules: Rules):
-        keys = trace.keys
-        self.trace, self.keys, self.size = trace, keys, trace.eta.shape[-1]
+    def __init__(self, trace: Trace, queries: _Queries):
+        self.trace, self.d_reads = trace, queries.d_reads
         self.d_inputs, self.d_grads = queries.d_inputs, queries.d_grads
         self.step = trace.eta[:, :, -1, :, None]
-        self.scaled = [self.step * grad for grad in keys.grads]
-        self.d_scaled = [torch.empty_like(grad) for grad in keys.grads]
+        self.d_scaled = [torch.empty_like(x) for x in trace.scaled]
         # With U_l = G_(l+1) W_(l+1)^T, G_l is gelu'(Z_l) U_l.
-        hidden = zip(keys.outputs[:-1], keys.throughs, strict=True)
+        hidden = zip(trace.outputs, trace.throughs, strict=True)
         self.curves = [gelu_second(z).mul_(through) for z, through in hidden]
-        self.loss = _LossGrad(keys.outputs[-1], trace.tokens.target, rules.norm)
-        self.left, self.right = [], []
-        for layer, (x, answer) in enumerate(zip(trace.queries, queries.d_answers, strict=True)):
-            left, right = [x, keys.inputs[layer]], [answer, torch.empty_like(answer)]
-            if layer > 0:
-                left.append(torch.empty_like(keys.inputs[layer]))
-                right.append(keys.grads[layer])
-            self.left.append(torch.cat(left, 2))
-            self.right.append(torch.cat(right, 2))
 
     def backward(self, index: int, d: Gradients) -> None:
         """Of one mini-batch: `d.state` as in `backward_group`, and the group's gradients at `index`."""
-        keys, size = self.keys, self.size
+        trace, depth = self.trace, len(self.d_reads)
+        inputs, grads, scaled = ([x[index] for x in xs] for xs in (trace.inputs, trace.grads, trace.scaled))
         d_inputs, d_grads = ([x[index] for x in xs] for xs in (self.d_inputs, self.d_grads))
+        starts = [weight[index] for weight in trace.starts.weights]
         # W' = W - X^T (step G), b' = b - sum(step G)
         for layer, (d_weight, d_bias) in enumerate(zip(d.weights, d.biases, strict=True)):
             d_scaled = self.d_scaled[layer][index]
-            torch.baddbmm(d_bias, keys.inputs[layer][index], d_weight, beta=-1, alpha=-1, out=d_scaled)
+            torch.baddbmm(d_bias, inputs[layer], d_weight, beta=-1, alpha=-1, out=d_scaled)
             d_grads[layer].addcmul_(d_scaled, self.step[index])
-            d_inputs[layer].baddbmm_(self.scaled[layer][index], d_weight.mT, alpha=-1)
-        d_outputs = [right[index][:, size : 2 * size] for right in self.right]
-        starts = [weight[index] for weight in self.trace.starts.weights]
-        for layer, curve in enumerate(self.curves):
-            torch.mul(curve[index], d_grads[layer], out=d_outputs[layer])
-            d_through = self.left[layer + 1][index][:, 2 * size :]
-            torch.mul(d_grads[layer], keys.slopes[layer][index], out=d_through)
+            d_inputs[layer].baddbmm_(scaled[layer], d_weight.mT, alpha=-1)
+        slopes = [slope[index] for slope in trace.slopes]
+        for layer, slope in enumerate(slopes):
+            d_through = d_grads[layer] * slope
             d_grads[layer + 1].baddbmm_(d_through, starts[layer + 1])
-        d_outputs[-1].copy_(self.loss.backward(index, d_grads[-1]))
-        for layer in reversed(range(len(starts))):
-            d_inputs[layer].baddbmm_(d_outputs[layer], starts[layer].mT)
+            d.weights[layer + 1].baddbmm_(d_through.mT, grads[layer + 1])
+        d_z = trace.loss.backward(index, d_grads[-1])
+        for layer in reversed(range(depth)):
+            d_read = self.d_reads[layer][index]
+            d.weights[layer].baddbmm_(inputs[layer].mT, d_z)
+            d.weights[layer].baddbmm_(trace.queries[layer][index].mT, d_read)
+            d.biases[layer].add_(d_z.sum(1, keepdim=True)).add_(d_read.sum(1, keepdim=True))
+            d_inputs[layer].baddbmm_(d_z, starts[layer].mT)
             if layer > 0:
-                d_outputs[layer - 1].addcmul_(d_inputs[layer], keys.slopes[layer - 1][index])
-            right = self.right[layer][index]
-            d.weights[layer].baddbmm_(self.left[layer][index].mT, right)
-            d.biases[layer].add_(right[:, : 2 * size].sum(1, keepdim=True))
-
-
-class _LossGrad:
-    """Backward pass through G = J a of the last layer, with a = weight (weight n + bias - target).
-
-    n is z normalised, r its inverse deviation, and J = r (1 - mean - n mean(n .)) the Jacobian of n(z), which
-    is symmetric and depends on z itself through n and r.
-    """
-
-    def __init__(self, z: torch.Tensor, target: torch.Tensor, norm: InnerNorm):
-        self.z, self.norm, self.square = z, norm, norm.weight**2
-        self.normed, self.mean, self.inv_std = torch.native_layer_norm(
-            z, z.shape[-1:], None, None, LAYER_NORM_EPS
-        )
-        self.error = torch.addcmul(norm.bias - target, self.normed, norm.weight)
-        self.a = self.error * norm.weight
-        a_n = (self.a * self.normed).mean(-1, keepdim=True)
-        self.r_a_n = self.inv_std * a_n
-        # r has the derivative -r^2 n / D, and dr = (dG . G) / r.
-        self.by_r = (self.a - self.a.mean(-1, keepdim=True)).addcmul_(self.normed, a_n, value=-1)
-        self.by_r.mul_(self.inv_std**2)
-        self.d_a = torch.empty_like(z)
-
-    def backward(self, index: int, d_grad: torch.Tensor) -> torch.Tensor:
-        """dz of a mini-batch."""
-        normed, inv_std = self.normed[index], self.inv_std[index]
-
-        def through_normed(grad: torch.Tensor) -> torch.Tensor:
-            z, mean = self.z[index], self.mean[index]
-            return torch.ops.aten.native_layer_norm_backward(
-                grad, z, z.shape[-1:], mean, inv_std, None, None, [True, False, False]
-            )[0]
-
-        d_a = self.d_a[index].copy_(through_normed(d_grad))
-        r_g_n = (d_grad * normed).mean(-1, keepdim=True).mul_(inv_std)
-        d_normed = (d_a * self.square).addcmul_(d_grad, self.r_a_n[index], value=-1)
-        d_normed.addcmul_(self.a[index], r_g_n, value=-1)
-        d_r_by_r = (d_grad * self.by_r[index]).mean(-1, keepdim=True)
-        return through_normed(d_normed).addcmul_(normed, d_r_by_r, value=-1)
-
-    def finish(self, d: Gradients) -> torch.Tensor:
-        """dtarget of the group; what the LayerNorm gets is added to `d`."""
-        d_error = self.d_a * self.norm.weight
-        d.norm_weight += (self.d_a * self.error + d_error * self.normed).sum((0, 2))[:, None]
-        d.norm_bias += d_error.sum((0, 2))[:, None]
-        return d_error.neg_()
+                d_z = (d_inputs[layer] * slopes[layer - 1]).addcmul_(
+                    d_grads[layer - 1], self.curves[layer - 1][index]
+                )
