@@ -92,8 +92,8 @@ class TTTConfig:
     "triton" (fused kernels for a GPU, ttt_mlp of two layers), or "auto": the kernels where they can run."""
 
     scan_checkpoint_group_size: int = 16
-    """Mini-batches whose inner activations are recomputed together in the backward pass: memory falls,
-    the inner loop's forward runs twice. 0 keeps all activations."""
+    """Mini-batches whose inner activations the backward pass makes again together: more of them take more
+    memory, fewer have the inner weights kept more often. 0: all of the sequence together."""
 
     @property
     def inner_layers(self) -> int:

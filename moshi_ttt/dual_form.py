@@ -20,7 +20,7 @@ from moshi_ttt.inner_weights import InnerBound, InnerWeights
 from moshi_ttt.mini_batches import Answers, Rules, Tokens, answer_group, in_mini_batches, trace_group
 from moshi_ttt.mini_batches_backward import Gradients, backward_group
 
-CACHE_BYTES = 2**20
+CACHE_BYTES = 2**21
 """Inner weights that are worked on at once, for each thread; with fewer, Python would take over."""
 
 GROUP_SIZE = 16
@@ -98,7 +98,7 @@ class _Kept:
 def _scan(
     tokens: Tokens, state: InnerWeights, rules: Rules, group_size: int, kept: list[_Kept] | None
 ) -> tuple[torch.Tensor, InnerWeights]:
-    """Outputs `[N, T, D]` and last weights of all groups of all nets; what is kept of them is put in `kept`."""
+    """Outputs `[N, T, D]` and last weights; what is kept of the groups of all nets is put in `kept`."""
     out, end = torch.empty_like(tokens.q), state.clone()
     for nets in nets_at_once(state, rules):
         of_nets, now = rules.of_nets(nets), end.of_nets(nets)

@@ -100,7 +100,7 @@ def inner_loop(
         state: weights at the start.
         norm: LayerNorm of the inner loss.
         step_scale: see `step_scale`, `[K, K]`; its size is the mini-batch size.
-        checkpoint_group_size: mini-batches recomputed together in backward; 0 keeps all activations.
+        checkpoint_group_size: mini-batches whose activations the backward pass makes again together; 0: all.
         bound: the weights are drawn back into it after each mini-batch; None lets them go anywhere.
         kernel: which implementation runs, see `moshi_ttt.kernels.choice`.
     Returns:

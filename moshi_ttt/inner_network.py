@@ -45,7 +45,9 @@ def layer_norm_l2_grad(z: torch.Tensor, target: torch.Tensor, norm: InnerNorm) -
 
 def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """GELU in its tanh form."""
-    return F.gelu(x, approximate="tanh") if out is None else torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+    if out is None:
+        return F.gelu(x, approximate="tanh")
+    return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
 
 
 def gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -164,7 +166,8 @@ def fold(
         zip(inputs, grads, state.weights, state.biases, strict=True)
     ):
         new_weight, new_bias = (None, None) if out is None else (out.weights[layer], out.biases[layer])
-        scaled = step[..., None] * g
+        # The steps go to the narrower factor.
+        x, scaled = (x * step[..., None], g) if x.shape[-1] < g.shape[-1] else (x, g * step[..., None])
         weights.append(torch.baddbmm(weight, x.transpose(1, 2), scaled, alpha=-1, out=new_weight))
-        biases.append(torch.sub(bias, scaled.sum(dim=1, keepdim=True), out=new_bias))
+        biases.append(torch.baddbmm(bias, step[:, None], g, alpha=-1, out=new_bias))
     return InnerWeights(tuple(weights), tuple(biases))

@@ -126,7 +126,7 @@ def _distance(
 
 
 def can_ask(state: InnerWeights) -> bool:
-    """Whether the host can look at the numbers: not of tensors without any, nor in a stream being captured."""
+    """Whether the host can look at the numbers: not of meta tensors, nor in a stream being captured."""
     first = state.weights[0]
     return not first.is_meta and not (first.is_cuda and torch.cuda.is_current_stream_capturing())
 

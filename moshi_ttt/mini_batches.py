@@ -241,8 +241,9 @@ def _trace_update(trace: Trace, index: int, bound: InnerBound | None) -> None:
     inputs, scaled = ([x[index] for x in xs] for xs in (trace.inputs, trace.scaled))
     for x, change, before, after in zip(inputs, scaled, now.weights, end.weights, strict=True):
         torch.baddbmm(before, x.mT, change, alpha=-1, out=after)
-    for change, before, after in zip(scaled, now.biases, end.biases, strict=True):
-        torch.sub(before, change.sum(1, keepdim=True), out=after)
+    step = trace.eta[index, :, -1:]
+    for grad, before, after in zip(trace.grads, now.biases, end.biases, strict=True):
+        torch.baddbmm(before, step, grad[index], alpha=-1, out=after)
     inside = within(end, bound)
     if inside is not end:
         trace.outside[index] = end.clone()

@@ -176,6 +176,7 @@ class _Keys:
         self.trace, self.d_reads = trace, queries.d_reads
         self.d_inputs, self.d_grads = queries.d_inputs, queries.d_grads
         self.step = trace.eta[:, :, -1, :, None]
+        self.ones = torch.ones_like(trace.eta[0, :, :1])
         self.d_scaled = [torch.empty_like(x) for x in trace.scaled]
         # With U_l = G_(l+1) W_(l+1)^T, G_l is gelu'(Z_l) U_l.
         hidden = zip(trace.outputs, trace.throughs, strict=True)
@@ -203,7 +204,7 @@ class _Keys:
             d_read = self.d_reads[layer][index]
             d.weights[layer].baddbmm_(inputs[layer].mT, d_z)
             d.weights[layer].baddbmm_(trace.queries[layer][index].mT, d_read)
-            d.biases[layer].add_(d_z.sum(1, keepdim=True)).add_(d_read.sum(1, keepdim=True))
+            d.biases[layer].baddbmm_(self.ones, d_z).baddbmm_(self.ones, d_read)
             d_inputs[layer].baddbmm_(d_z, starts[layer].mT)
             if layer > 0:
                 d_z = (d_inputs[layer] * slopes[layer - 1]).addcmul_(
