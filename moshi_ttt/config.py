@@ -41,6 +41,10 @@ class TTTConfig:
     model. Published values are 1.0 for TTT-Linear and 0.1 for TTT-MLP (arXiv 2504.05298); a prototype
     of associative recall learnt with 8 and not with those."""
 
+    inner_lr_factors: list[float] | None = None
+    """Factors of the inner learning rate, one for each linear layer of the inner model from first to last; 0
+    freezes a layer. The Triton kernels do not take them. None: 1 for all."""
+
     inner_init: str = "scaled"
     """How the learned starting weights of the inner model are drawn: "published" is normal(0, 0.02)
     everywhere; "scaled" is that for ttt_linear, and for ttt_mlp standard deviation 1 in the first
@@ -116,6 +120,8 @@ class TTTConfig:
             )
         if self.ssm_layer == "ttt_mlp":
             _at_least("ttt.ttt_mlp_layers", self.ttt_mlp_layers, 2, "use ssm_layer=ttt_linear for one layer")
+        if self.inner_lr_factors is not None:
+            self._check_factors(self.inner_lr_factors)
         for name in ("num_heads", "ttt_layer_context", "non_ttt_layer_context"):
             value = getattr(self, name)
             if value is not None:
@@ -126,6 +132,17 @@ class TTTConfig:
             raise ValueError(
                 f"ttt.gate_init of the convex gate is the weight of the TTT branch, in [0, 1); "
                 f"got {self.gate_init}"
+            )
+
+    def _check_factors(self, factors: list[float]) -> None:
+        if len(factors) != self.inner_layers or not all(factor >= 0 for factor in factors):
+            raise ValueError(
+                f"ttt.inner_lr_factors must be {self.inner_layers} numbers of at least 0, one for each layer "
+                f"of the inner model; got {factors}"
+            )
+        if self.kernel == "triton":
+            raise ValueError(
+                f"ttt.kernel=triton takes no ttt.inner_lr_factors; got {factors}: use ttt.kernel=auto"
             )
 
 

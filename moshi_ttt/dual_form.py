@@ -49,20 +49,26 @@ class DualForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group_size: int, radii: tuple[float, ...] | None, *tensors: torch.Tensor) -> Any:
-        tokens, state, rules = unpacked(tensors, radii)
+    def forward(
+        ctx: Any,
+        group_size: int,
+        radii: tuple[float, ...] | None,
+        factors: tuple[float, ...] | None,
+        *tensors: torch.Tensor,
+    ) -> Any:
+        tokens, state, rules = unpacked(tensors, radii, factors)
         group_size = group_size or tokens.q.shape[1]
         kept: list[_Kept] = []
         out, end = _scan(tokens, state, rules, group_size, kept)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.radii, ctx.kept, ctx.group_size = radii, kept, group_size
+        ctx.radii, ctx.factors, ctx.kept = radii, factors, kept
         return out, *end.weights, *end.biases
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor | None, *d_state: torch.Tensor | None) -> Any:
-        tokens, state, rules = unpacked(ctx.saved_tensors, ctx.radii)
+        tokens, state, rules = unpacked(ctx.saved_tensors, ctx.radii, ctx.factors)
         ends = zip(d_state, (*state.weights, *state.biases), strict=True)
         d = Gradients.begin([torch.zeros_like(x) if g is None else g.clone() for g, x in ends], rules)
         d_tokens = Tokens(*(torch.empty_like(x) for x in tokens.tensors()))
@@ -77,7 +83,7 @@ class DualForm(torch.autograd.Function):
             found = backward_group(trace, d_parts, of_nets, d.of_nets(nets, rules))
             for into, gradient in zip(d_tokens.part(nets, part).tensors(), found.tensors(), strict=True):
                 in_mini_batches(into, size).copy_(gradient)
-        return None, None, *d_tokens.tensors(), d.norm_weight, d.norm_bias, d.scale, *d.state, *d.center
+        return None, None, None, *d_tokens.tensors(), d.norm_weight, d.norm_bias, d.scale, *d.state, *d.center
 
 
 @dataclass
@@ -114,14 +120,16 @@ def _scan(
 
 
 def unpacked(
-    tensors: tuple[torch.Tensor, ...], radii: tuple[float, ...] | None
+    tensors: tuple[torch.Tensor, ...],
+    radii: tuple[float, ...] | None,
+    factors: tuple[float, ...] | None,
 ) -> tuple[Tokens, InnerWeights, Rules]:
     """Tokens, first weights and rules of the tensors of `DualForm`."""
     q, k, target, lr, norm_weight, norm_bias, scale, *rest = tensors
     depth = len(rest) // (2 if radii is None else 4)
     layers = [tuple(rest[i : i + depth]) for i in range(0, len(rest), depth)]
     bound = None if radii is None else InnerBound(InnerWeights(layers[2], layers[3]), radii)
-    rules = Rules(InnerNorm(norm_weight, norm_bias), scale, bound)
+    rules = Rules(InnerNorm(norm_weight, norm_bias, factors), scale, bound)
     return Tokens(q, k, target, lr), InnerWeights(layers[0], layers[1]), rules
 
 
@@ -147,6 +155,7 @@ def differentiable(
     out, *end = function.apply(
         checkpoint_group_size,
         None if bound is None else bound.radii,
+        rules.norm.factors,
         *tokens.tensors(),
         rules.norm.weight,
         rules.norm.bias,

@@ -17,14 +17,20 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclass
 class InnerNorm:
-    """The LayerNorm of the inner loss: `weight` and `bias` `[N, 1, D]`, one for each row and head."""
+    """The LayerNorm of the inner loss, and how far each inner layer follows the gradients of that.
+
+    Args:
+        weight, bias: `[N, 1, D]`, one for each row and head.
+        factors: of the step sizes of each inner layer; None: all are 1.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
+    factors: tuple[float, ...] | None = None
 
     def of_nets(self, nets: slice) -> "InnerNorm":
         """Of some nets."""
-        return InnerNorm(self.weight[nets], self.bias[nets])
+        return InnerNorm(self.weight[nets], self.bias[nets], self.factors)
 
 
 def layer_norm(x: torch.Tensor, norm: InnerNorm) -> torch.Tensor:
@@ -90,7 +96,7 @@ class KeyPass:
     Args:
         inputs: X of each layer, `[N, T, d_in]`.
         outputs: Z of each layer, before its GELU, `[N, T, d_out]`.
-        grads: G of each layer, the loss gradients at Z.
+        grads: G of each layer, the loss gradients at Z, times the layer's step factor.
     """
 
     inputs: list[torch.Tensor]
@@ -108,7 +114,10 @@ def key_pass(k: torch.Tensor, target: torch.Tensor, state: InnerWeights, norm: I
     grads = [layer_norm_l2_grad(outputs[-1], target, norm)]
     for weight, hidden in zip(reversed(state.weights[1:]), reversed(outputs[:-1]), strict=True):
         grads.append(gelu_backward(_back_through(weight, grads[-1]), hidden))
-    return KeyPass(inputs, outputs, grads[::-1])
+    grads.reverse()
+    if norm.factors is not None:
+        grads = [factor * grad for factor, grad in zip(norm.factors, grads, strict=True)]
+    return KeyPass(inputs, outputs, grads)
 
 
 def query_pass(

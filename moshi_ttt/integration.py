@@ -195,6 +195,7 @@ def live_settings(model: LMModel) -> dict[str, Any]:
             "head_dim": ttt.head_dim,
             "mini_batch_size": ttt.mini_batch_size,
             "base_lr": ttt.base_lr,
+            "inner_lr_factors": ttt.inner_lr_factors,
             "normalize_target": ttt.normalize_target,
             "max_inner_change": ttt.max_inner_change,
             "learned_token_scale": ttt.token_scale_offset is not None,

@@ -140,7 +140,8 @@ class Trace:
 
     Args:
         starts: the weights at the start of each mini-batch, `[M, N, ...]`.
-        eta: step sizes `[M, N, K, K]`, see `Rules.step_sizes`.
+        factors: of the step sizes of each layer.
+        etas: step sizes of each layer `[M, N, K, K]`, see `Rules.step_sizes`.
         loss: the last layer's G, and the way back through it.
         inputs: X of the keys.
         grads: G of the keys, hidden: `slopes * throughs`.
@@ -156,7 +157,8 @@ class Trace:
 
     tokens: Tokens
     starts: InnerWeights
-    eta: torch.Tensor
+    factors: tuple[float, ...]
+    etas: list[torch.Tensor]
     loss: LossGradient
     inputs: list[torch.Tensor]
     grads: list[torch.Tensor]
@@ -181,16 +183,19 @@ class Trace:
         def starts(xs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             return tuple(x.new_empty(shape[0], *x.shape) for x in xs)
 
+        factors = rules.norm.factors or (1.0,) * len(start.weights)
         eta = rules.step_sizes(tokens.lr)
+        etas = [eta if factor == 1 else factor * eta for factor in factors]
         loss = LossGradient(answers.keys, tokens.target, rules.norm)
         return Trace(
             tokens=tokens,
             starts=InnerWeights(starts(start.weights), starts(start.biases)),
-            eta=eta,
+            factors=factors,
+            etas=etas,
             loss=loss,
             inputs=[tokens.k, *hidden()],
             grads=[*hidden(), loss.grad],
-            scaled=[*hidden(), eta[:, :, -1, :, None] * loss.grad],
+            scaled=[*hidden(), etas[-1][:, :, -1, :, None] * loss.grad],
             outputs=hidden(),
             slopes=hidden(),
             throughs=hidden(),
@@ -219,7 +224,7 @@ def trace_group(tokens: Tokens, start: InnerWeights, rules: Rules, answers: Answ
 
 def _trace_keys(trace: Trace, index: int) -> None:
     """Of one mini-batch: what its keys made, and, scaled, what it adds to the weights."""
-    now, step = trace.starts.at(index), trace.eta[index, :, -1, :, None]
+    now = trace.starts.at(index)
     for layer, outputs in enumerate(trace.outputs):
         z = outputs[index]
         torch.baddbmm(now.biases[layer], trace.inputs[layer][index], now.weights[layer], out=z)
@@ -228,12 +233,12 @@ def _trace_keys(trace: Trace, index: int) -> None:
         through, slope, grad = (x[layer][index] for x in (trace.throughs, trace.slopes, trace.grads))
         torch.bmm(trace.grads[layer + 1][index], now.weights[layer + 1].mT, out=through)
         torch.mul(gelu_slope(trace.outputs[layer][index], out=slope), through, out=grad)
-        torch.mul(step, grad, out=trace.scaled[layer][index])
+        torch.mul(trace.etas[layer][index, :, -1, :, None], grad, out=trace.scaled[layer][index])
 
 
 def _trace_update(trace: Trace, index: int, bound: InnerBound | None) -> None:
     """The weights after a mini-batch; those after the last one only for what the bound did to them."""
-    is_last = index + 1 == trace.eta.shape[0]
+    is_last = index + 1 == trace.tokens.k.shape[0]
     if is_last and bound is None:
         return
     now = trace.starts.at(index)
@@ -241,9 +246,9 @@ def _trace_update(trace: Trace, index: int, bound: InnerBound | None) -> None:
     inputs, scaled = ([x[index] for x in xs] for xs in (trace.inputs, trace.scaled))
     for x, change, before, after in zip(inputs, scaled, now.weights, end.weights, strict=True):
         torch.baddbmm(before, x.mT, change, alpha=-1, out=after)
-    step = trace.eta[index, :, -1:]
-    for grad, before, after in zip(trace.grads, now.biases, end.biases, strict=True):
-        torch.baddbmm(before, step, grad[index], alpha=-1, out=after)
+    updates = zip(trace.etas, trace.grads, now.biases, end.biases, strict=True)
+    for eta, grad, before, after in updates:
+        torch.baddbmm(before, eta[index, :, -1:], grad[index], alpha=-1, out=after)
     inside = within(end, bound)
     if inside is not end:
         trace.outside[index] = end.clone()
@@ -252,13 +257,12 @@ def _trace_update(trace: Trace, index: int, bound: InnerBound | None) -> None:
 
 def _trace_queries(trace: Trace) -> None:
     """Hidden layers of all the group's queries at once."""
-    eta = trace.eta.flatten(0, 1)
     for layer, key in enumerate(trace.inputs[:-1]):
         x = trace.queries[-1]
         weight, bias = (xs[layer].flatten(0, 1) for xs in (trace.starts.weights, trace.starts.biases))
         product = torch.bmm(x.flatten(0, 1), key.flatten(0, 1).mT).add_(1)
         z = torch.baddbmm(bias, x.flatten(0, 1), weight)
-        z.baddbmm_(eta * product, trace.grads[layer].flatten(0, 1), alpha=-1)
-        trace.products.append(product.view_as(trace.eta))
+        z.baddbmm_(trace.etas[layer].flatten(0, 1) * product, trace.grads[layer].flatten(0, 1), alpha=-1)
+        trace.products.append(product.view_as(trace.etas[layer]))
         trace.reads.append(z.unflatten(0, x.shape[:2]))
         trace.queries.append(gelu(trace.reads[-1]))

@@ -90,8 +90,8 @@ def backward_group(trace: Trace, d_out: torch.Tensor, rules: Rules, d: Gradients
             _backward_bound(trace.outside[index], rules, d)
         keys.backward(index, d)
     d_eta = queries.d_eta
-    for d_scaled, grad in zip(keys.d_scaled, trace.grads, strict=True):
-        d_eta[:, :, -1] += (d_scaled * grad).sum(-1)
+    for factor, d_scaled, grad in zip(trace.factors, keys.d_scaled, trace.grads, strict=True):
+        d_eta[:, :, -1].add_((d_scaled * grad).sum(-1), alpha=factor)
     d_target, d_weight, d_bias = trace.loss.finish()
     d.norm_weight += d_weight
     d.norm_bias += d_bias
@@ -136,8 +136,7 @@ class _Queries:
     """
 
     def __init__(self, trace: Trace, d_out: torch.Tensor, rules: Rules, d: Gradients):
-        eta = trace.eta
-        self.d_eta = torch.zeros_like(eta)
+        self.d_eta = torch.zeros_like(trace.etas[0])
         self.d_inputs, self.d_grads, self.d_reads = [], [], []
         products = [*trace.products, _bmm(trace.queries[-1], trace.inputs[-1].mT).add_(1)]
         d_x = _backward_layer_norm(trace.reads[-1], d_out, rules.norm, d)
@@ -146,7 +145,8 @@ class _Queries:
             d_z = d_x if layer + 1 == len(products) else gelu_backward(d_x, trace.reads[layer])
             x, key, grad = trace.queries[layer], trace.inputs[layer], trace.grads[layer]
             d_steps = _bmm(d_z, grad.mT).neg_()
-            self.d_eta.addcmul_(d_steps, products[layer])
+            self.d_eta.addcmul_(d_steps, products[layer], value=trace.factors[layer])
+            eta = trace.etas[layer]
             d_products = d_steps.mul_(eta)
             self.d_grads.append(_bmm(products[layer].mul_(eta).mT, d_z).neg_())
             self.d_inputs.append(_bmm(d_products.mT, x))
@@ -175,8 +175,8 @@ class _Keys:
     def __init__(self, trace: Trace, queries: _Queries):
         self.trace, self.d_reads = trace, queries.d_reads
         self.d_inputs, self.d_grads = queries.d_inputs, queries.d_grads
-        self.step = trace.eta[:, :, -1, :, None]
-        self.ones = torch.ones_like(trace.eta[0, :, :1])
+        self.steps = [eta[:, :, -1, :, None] for eta in trace.etas]
+        self.ones = torch.ones_like(trace.etas[0][0, :, :1])
         self.d_scaled = [torch.empty_like(x) for x in trace.scaled]
         # With U_l = G_(l+1) W_(l+1)^T, G_l is gelu'(Z_l) U_l.
         hidden = zip(trace.outputs, trace.throughs, strict=True)
@@ -192,7 +192,7 @@ class _Keys:
         for layer, (d_weight, d_bias) in enumerate(zip(d.weights, d.biases, strict=True)):
             d_scaled = self.d_scaled[layer][index]
             torch.baddbmm(d_bias, inputs[layer], d_weight, beta=-1, alpha=-1, out=d_scaled)
-            d_grads[layer].addcmul_(d_scaled, self.step[index])
+            d_grads[layer].addcmul_(d_scaled, self.steps[layer][index])
             d_inputs[layer].baddbmm_(scaled[layer], d_weight.mT, alpha=-1)
         slopes = [slope[index] for slope in trace.slopes]
         for layer, slope in enumerate(slopes):

@@ -27,6 +27,7 @@ def reference_inner_loop(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     token_scale: torch.Tensor,
+    factors: list[float] | None = None,
 ) -> tuple[torch.Tensor, Weights, Weights]:
     """The inner learner of one batch row and one head.
 
@@ -37,6 +38,7 @@ def reference_inner_loop(
         biases: n tensors `[d_out]`.
         norm_weight, norm_bias: `[D]`.
         token_scale: c of each position in a mini-batch, `[K]`.
+        factors: of the step sizes of each layer; None: all are 1.
     Returns:
         Outputs `[T, D]` and the weights and biases after the last token. Differentiable in every argument.
     """
@@ -53,7 +55,10 @@ def reference_inner_loop(
         normed = F.layer_norm(prediction, prediction.shape, norm_weight, norm_bias, eps=1e-6)
         loss = 0.5 * (normed - target[t]).square().sum()
         gradients = torch.autograd.grad(loss, start, create_graph=True)
-        gradient_sum = [total + lr[t] * g for total, g in zip(gradient_sum, gradients, strict=True)]
+        rates = [lr[t] * factor for factor in factors or [1.0] * num_layers] * 2  # weights, then biases
+        gradient_sum = [
+            total + rate * g for total, rate, g in zip(gradient_sum, rates, gradients, strict=True)
+        ]
         now = [p - token_scale[position] * g for p, g in zip(start, gradient_sum, strict=True)]
         out = _network(q[t], now[:num_layers], now[num_layers:])
         outs.append(q[t] + F.layer_norm(out, out.shape, norm_weight, norm_bias, eps=1e-6))

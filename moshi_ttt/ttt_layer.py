@@ -54,7 +54,9 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         self.normalize_target = config.normalize_target
         self.max_inner_change = config.max_inner_change
         self.checkpoint_group_size = config.scan_checkpoint_group_size
-        self.kernel = config.kernel
+        self.inner_lr_factors = None if config.inner_lr_factors is None else tuple(config.inner_lr_factors)
+        # The kernels know no factors.
+        self.kernel = config.kernel if self.inner_lr_factors is None else "eager"
         self.inner_dims = self._inner_dims(head_dim, config)
         width = num_heads * head_dim
         self.wq = Projection(dim, width)
@@ -122,10 +124,11 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
         return sum(p.numel() for p in (*self.inner_weights, *self.inner_biases))
 
     def norm(self, batch_size: int) -> InnerNorm:
-        """The inner LayerNorm of every row and head."""
+        """The inner LayerNorm of every row and head, and the step factors."""
         return InnerNorm(
             self.ttt_norm_weight[:, None].repeat(batch_size, 1, 1),
             self.ttt_norm_bias[:, None].repeat(batch_size, 1, 1),
+            self.inner_lr_factors,
         )
 
     def step_scale(self) -> torch.Tensor:

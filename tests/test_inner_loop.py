@@ -21,6 +21,7 @@ K = 4
 FRAMES = 11  # two mini-batches and three tokens of a third
 WIDTH = 6
 DEPTHS = [1, 2, 3]
+FACTORS = [0.5, 2.0, 0.25]
 TOLERANCE = 1e-9
 
 
@@ -49,7 +50,7 @@ def leaves(p):
     return [tensor for value in p.values() for tensor in (value if isinstance(value, list) else [value])]
 
 
-def reference(p):
+def reference(p, factors=None):
     """Outputs, final weights and final biases `[NETS, ...]` of the reference, one net at a time."""
     nets = [
         reference_inner_loop(
@@ -62,6 +63,7 @@ def reference(p):
             p["norm_weight"][n, 0],
             p["norm_bias"][n, 0],
             p["token_scale"],
+            factors,
         )
         for n in range(NETS)
     ]
@@ -73,14 +75,14 @@ def reference(p):
     ]
 
 
-def dual(p, group_size=0):
+def dual(p, group_size=0, factors=None):
     out, state = inner_loop(
         p["q"],
         p["k"],
         p["target"],
         p["lr"],
         InnerWeights(tuple(p["weights"]), tuple(p["biases"])),
-        InnerNorm(p["norm_weight"], p["norm_bias"]),
+        InnerNorm(p["norm_weight"], p["norm_bias"], None if factors is None else tuple(factors)),
         step_scale(p["token_scale"]),
         group_size,
     )
@@ -93,11 +95,13 @@ def assert_close(found, expected):
         assert (a - b).abs().max() <= TOLERANCE * max(1.0, b.abs().max().item())
 
 
+@pytest.mark.parametrize("has_factors", [False, True])
 @pytest.mark.parametrize("group_size", [0, 1, 2])
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_inner_loop_equals_the_reference_in_outputs_final_state_and_gradients(depth, group_size):
+def test_inner_loop_equals_the_reference_in_outputs_final_state_and_gradients(depth, group_size, has_factors):
     p = problem(depth)
-    found, expected = dual(p, group_size), reference(p)
+    factors = FACTORS[:depth] if has_factors else None
+    found, expected = dual(p, group_size, factors), reference(p, factors)
     assert_close(found, expected)
     # The loss reads the final state too: gradients through it must be right where a sequence goes on.
     mix = [torch.randn_like(tensor) for tensor in expected]
@@ -133,14 +137,18 @@ def test_inner_loop_continued_at_a_mini_batch_edge_equals_one_whole(depth):
     assert_close([torch.cat((out, rest_out), dim=1), *final], dual(p))
 
 
+@pytest.mark.parametrize("has_factors", [False, True])
 @pytest.mark.parametrize("depth", DEPTHS)
 @torch.no_grad()
-def test_inner_step_equals_the_reference_in_outputs_and_effective_weights_after_every_token(depth):
+def test_inner_step_equals_the_reference_in_outputs_and_effective_weights_after_every_token(
+    depth, has_factors
+):
     p = problem(depth)
+    factors = tuple(FACTORS[:depth]) if has_factors else None
     state = InnerWeights(tuple(w.clone() for w in p["weights"]), tuple(b.clone() for b in p["biases"]))
     widths = [WIDTH, *(w.shape[2] for w in p["weights"])]
     pending = PendingUpdates.empty(NETS, K, widths, p["q"])
-    norm, scale = InnerNorm(p["norm_weight"], p["norm_bias"]), step_scale(p["token_scale"])
+    norm, scale = InnerNorm(p["norm_weight"], p["norm_bias"], factors), step_scale(p["token_scale"])
     position = torch.zeros(NETS, dtype=torch.long)
     for t in range(FRAMES):
         tokens = [p[name][:, t : t + 1] for name in ("q", "k", "target", "lr")]
@@ -150,7 +158,7 @@ def test_inner_step_equals_the_reference_in_outputs_and_effective_weights_after_
         position %= K
         seen = {k: v[:, : t + 1] if k in ("q", "k", "target", "lr") else v for k, v in p.items()}
         with torch.enable_grad():
-            expected = reference(seen)
+            expected = reference(seen, factors)
         now = effective_weights(position, state, pending, scale)
         assert_close([out[:, 0], *now.weights, *now.biases], [expected[0][:, t], *expected[1:]])
 

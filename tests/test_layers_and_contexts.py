@@ -250,6 +250,12 @@ def test_describe_names_every_layer_with_its_kind_context_and_gate(build):
         ({"num_heads": 0}, "ttt.num_heads must be at least 1"),
         ({"head_dim": 7}, r"ttt.head_dim must be even \(rotary pairs\), got 7"),
         ({"gate": "convex", "gate_init": 1.0}, r"ttt.gate_init of the convex gate.*got 1.0"),
+        ({"inner_lr_factors": [1.0]}, r"ttt.inner_lr_factors must be 2 numbers of at least 0.*got \[1.0\]"),
+        ({"inner_lr_factors": [1.0, -1.0]}, "ttt.inner_lr_factors must be 2 numbers of at least 0"),
+        (
+            {"inner_lr_factors": [1.0, 0.5], "kernel": "triton"},
+            "ttt.kernel=triton takes no ttt.inner_lr_factors",
+        ),
         ({"scan_checkpoint_group_size": -1}, "ttt.scan_checkpoint_group_size must be at least 0"),
     ],
 )

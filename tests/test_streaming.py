@@ -25,6 +25,7 @@ KINDS = [
     {"ssm_layer": "ttt_linear"},
     {"ssm_layer": "ttt_mlp"},
     {"ssm_layer": "ttt_mlp", "ttt_mlp_layers": 3},
+    {"ssm_layer": "ttt_mlp", "inner_lr_factors": [0.5, 2.0]},
 ]
 # Offsets of the step scales are drawn by the fixture, some below 0.
 OPTIONS = [{}, {"learned_token_scale": True}, {"normalize_target": False}]

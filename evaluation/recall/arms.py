@@ -127,6 +127,8 @@ def parameters(model: LMModel) -> int:
 def matched_feedforward(arm: Arm, size: Size, vocabulary: Vocabulary, settings: dict[str, Any]) -> int:
     """Width of the feed-forward blocks with which `arm` has the parameters of the largest arm."""
     narrowest = 4 * size.dim
+    # Factors are no parameters, and there is one for each layer of the arm's own memory.
+    settings = {name: value for name, value in settings.items() if name != "inner_lr_factors"}
     with torch.device("meta"):
         target, own = (
             parameters(_assemble(a, size, vocabulary, settings, narrowest)) for a in (_LARGEST, arm)

@@ -10,6 +10,18 @@ from moshi_ttt.config import TTTConfig
 _CAPACITY_PAIRS = [1, 2, 4, 8, 12, 16, 24, 32]
 _AT_TWO_DISTANCES = {"scoring.distances": [10.0, 50.0]}
 
+# Taught for few steps with more pairs and questions than in the table: memories learn so faster, and what
+# stands in the way shows in minutes.
+_FEW = {
+    "training.max_pairs": 16,
+    "training.questions": 8,
+    "training.max_distance_frames": 32,
+    "training.batch_size": 32,
+    "training.max_steps": 500,
+    "training.cooldown_steps": 100,
+    "scoring.distances": [10.0],
+}
+
 
 @dataclass
 class Variant:
@@ -27,23 +39,11 @@ class Variant:
 
 
 def _one_at_a_time() -> list[Variant]:
-    """The benchmark's settings of the TTT layers, and each that could stand in the way, changed alone.
-
-    Taught for few steps with more pairs and questions than in the table: memories learn so faster, and what
-    stands in the way shows in minutes.
-    """
-    few = {
-        "training.max_pairs": 16,
-        "training.questions": 8,
-        "training.max_distance_frames": 32,
-        "training.batch_size": 32,
-        "training.max_steps": 500,
-        "training.cooldown_steps": 100,
-        "scoring.distances": [10.0],
-    }
+    """The benchmark's settings of the TTT layers, and each that could stand in the way, changed alone."""
     changes: list[dict[str, Any]] = [
         *({"base_lr": value} for value in (0.1, 1.0, 32.0)),
         {"inner_init": "published"},
+        *({"inner_lr_factors": value} for value in ([1.0, 0.1], [0.1, 1.0], [0.0, 1.0])),
         *({"gate_init": value} for value in (0.01, 0.1)),
         *({"mini_batch_size": value} for value in (16, 32, 64)),
         {"normalize_target": False},
@@ -54,13 +54,13 @@ def _one_at_a_time() -> list[Variant]:
         {"learned_token_scale": True},
         {"max_inner_change": None},
     ]
-    variants = [Variant("as in the table", few)]
+    variants = [Variant("as in the table", _FEW)]
     for change in changes:
         name = ", ".join(f"{key} {value}" for key, value in change.items())
         overrides = {f"ttt.{key}": value for key, value in change.items()}
-        variant = Variant(name, few | overrides)
-        if "inner_init" in change:
-            variant.arms = ("ttt_mlp",)  # TTT-Linear starts the same either way
+        variant = Variant(name, _FEW | overrides)
+        if "inner_init" in change or "inner_lr_factors" in change:
+            variant.arms = ("ttt_mlp",)  # TTT-Linear has one layer, which starts the same either way
         variants.append(variant)
     return variants
 
@@ -72,10 +72,10 @@ def _model_widths() -> list[Variant]:
     }
     variants = []
     for dim in (64, 128, 256):
-        width = {} if dim == 64 else _AT_TWO_DISTANCES | {"size.dim": dim}
+        width = _FEW | {"size.dim": dim}
         variants += [
             Variant(f"dim {dim}", width),
-            Variant(f"dim {dim}, the layer's defaults", _AT_TWO_DISTANCES | width | defaults),
+            Variant(f"dim {dim}, the layer's defaults", width | defaults),
         ]
     return variants
 

@@ -49,9 +49,12 @@ class TritonForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group_size: int, radii: tuple[float, ...] | None, *tensors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, group_size: int, radii: tuple[float, ...] | None, factors: None, *tensors: torch.Tensor
+    ) -> Any:
+        assert factors is None, "the kernels take no step factors"
         tensors = tuple(x.contiguous() for x in tensors)
-        tokens, state, rules = unpacked(tensors, radii)
+        tokens, state, rules = unpacked(tensors, radii, None)
         sequence = Sequence(tokens, state, rules, group_size)
         start, outs = packed(state.weights, state.biases), []
         single = len(sequence.runs) == 1
@@ -76,7 +79,7 @@ class TritonForm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor, *d_state: torch.Tensor) -> Any:
-        tokens, state, rules = unpacked(ctx.saved_tensors, ctx.radii)
+        tokens, state, rules = unpacked(ctx.saved_tensors, ctx.radii, None)
         sequence = Sequence(tokens, state, rules, ctx.group_size)
         d_outs = by_mini_batch(d_out, sequence.sizes.size, sequence.sizes.rows)
         d = _sums(sequence, packed(d_state[:2], d_state[2:]), ctx.end)
@@ -95,7 +98,7 @@ class TritonForm(torch.autograd.Function):
         d_weights, d_biases = unpacked_layers(d.state, state)
         size = sequence.sizes.size
         rest = d.norm_weight, d.norm_bias, d.scale[:size, :size], *d_weights, *d_biases
-        return None, None, *d_tokens, *rest, *_of_center(sequence, d, state)
+        return None, None, None, *d_tokens, *rest, *_of_center(sequence, d, state)
 
 
 def _slots(start: torch.Tensor, count: int) -> torch.Tensor:
