@@ -56,7 +56,7 @@ def _one_at_a_time() -> list[Variant]:
     ]
     variants = [Variant("as in the table", _FEW)]
     for change in changes:
-        name = ", ".join(f"{key} {value}" for key, value in change.items())
+        name = " and ".join(f"{key} {value}" for key, value in change.items())
         overrides = {f"ttt.{key}": value for key, value in change.items()}
         variant = Variant(name, _FEW | overrides)
         if "inner_init" in change or "inner_lr_factors" in change:
@@ -75,7 +75,7 @@ def _model_widths() -> list[Variant]:
         width = _FEW | {"size.dim": dim}
         variants += [
             Variant(f"dim {dim}", width),
-            Variant(f"dim {dim}, the layer's defaults", width | defaults),
+            Variant(f"dim {dim} with the defaults", width | defaults),
         ]
     return variants
 
