@@ -38,8 +38,8 @@ class TTTConfig:
 
     base_lr: float = 8.0
     """Inner learning rate: a token's step is base_lr / head_dim x sigmoid(...). 0 freezes the inner
-    model. Published values are 1.0 for TTT-Linear and 0.1 for TTT-MLP (arXiv 2504.05298); a prototype
-    of associative recall learnt with 8 and not with those."""
+    model. Published values are 1.0 for TTT-Linear and 0.1 for TTT-MLP (arXiv 2504.05298); TTT-MLP learned
+    associative recall with 8, and not with 0.1 in as many steps (docs/recall.md)."""
 
     inner_lr_factors: list[float] | None = None
     """Factors of the inner learning rate, one for each linear layer of the inner model from first to last; 0
@@ -135,10 +135,11 @@ class TTTConfig:
             )
 
     def _check_factors(self, factors: list[float]) -> None:
-        if len(factors) != self.inner_layers or not all(factor >= 0 for factor in factors):
+        numbers = all(factor >= 0 for factor in factors) and any(factor > 0 for factor in factors)
+        if len(factors) != self.inner_layers or not numbers:
             raise ValueError(
                 f"ttt.inner_lr_factors must be {self.inner_layers} numbers of at least 0, one for each layer "
-                f"of the inner model; got {factors}"
+                f"of the inner model, not all 0; got {factors} (ttt.base_lr=0 freezes the inner model)"
             )
         if self.kernel == "triton":
             raise ValueError(

@@ -252,6 +252,7 @@ def test_describe_names_every_layer_with_its_kind_context_and_gate(build):
         ({"gate": "convex", "gate_init": 1.0}, r"ttt.gate_init of the convex gate.*got 1.0"),
         ({"inner_lr_factors": [1.0]}, r"ttt.inner_lr_factors must be 2 numbers of at least 0.*got \[1.0\]"),
         ({"inner_lr_factors": [1.0, -1.0]}, "ttt.inner_lr_factors must be 2 numbers of at least 0"),
+        ({"inner_lr_factors": [0.0, 0.0]}, r"not all 0; got \[0.0, 0.0\] \(ttt.base_lr=0 freezes"),
         (
             {"inner_lr_factors": [1.0, 0.5], "kernel": "triton"},
             "ttt.kernel=triton takes no ttt.inner_lr_factors",

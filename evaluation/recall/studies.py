@@ -66,13 +66,20 @@ def _one_at_a_time() -> list[Variant]:
 
 
 def _model_widths() -> list[Variant]:
-    """Moshis of three widths, their two TTT heads up to 128 wide; and the defaults of the layer in them."""
+    """Moshis of three widths, their two TTT heads up to 128 wide; and the defaults of the layer in them.
+
+    The learning rate falls with the width, as is usual with Adam.
+    """
     defaults = {
         f"ttt.{key}": getattr(TTTConfig(), key) for key in ("mini_batch_size", "base_lr", "gate_init")
     }
     variants = []
     for dim in (64, 128, 256):
-        width = _FEW | {"size.dim": dim}
+        width = _FEW | {
+            "size.dim": dim,
+            "training.learning_rate": 3e-3 * 64 / dim,
+            "training.max_steps": 1500,
+        }
         variants += [
             Variant(f"dim {dim}", width),
             Variant(f"dim {dim} with the defaults", width | defaults),
