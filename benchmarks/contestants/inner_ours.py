@@ -25,7 +25,8 @@ def main() -> None:
         start = InnerWeights(
             tuple(w.repeat(batch, 1, 1) for w in (w1, w2)), tuple(b.repeat(batch, 1, 1) for b in (b1, b2))
         )
-        norm = InnerNorm(*(n[:, None].repeat(batch, 1, 1) for n in x.norm))
+        norm_weight, norm_bias = (n[:, None].repeat(batch, 1, 1) for n in x.norm)
+        norm = InnerNorm(norm_weight, norm_bias)
         center = InnerBound(InnerWeights((w1, w2), (b1, b2)), bound.radii)
         q, k, target, lr = (t.flatten(0, 1) for t in (x.q, x.k, x.v - x.k, x.lr))
         out, _ = inner_loop(q, k, target, lr, start, norm, scale, given["group"], center)
