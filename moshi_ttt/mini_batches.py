@@ -144,7 +144,7 @@ class Trace:
         etas: step sizes of each layer `[M, N, K, K]`, see `Rules.step_sizes`.
         loss: the last layer's G, and the way back through it.
         inputs: X of the keys.
-        grads: G of the keys, hidden: `slopes * throughs`.
+        grads: G of the keys: `slopes * throughs`, and for the last layer `loss.grad`.
         scaled: G times the step sizes that the weights after the mini-batch are made with.
         outputs: Z of the keys, before GELU, hidden.
         slopes: derivatives of GELU at Z, hidden.

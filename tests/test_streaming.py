@@ -57,6 +57,19 @@ def test_the_tested_options_are_not_idle(ttt_layer):
     assert not torch.allclose(layer(x), without_offset, atol=1e-3)
 
 
+@torch.no_grad()
+def test_an_inner_layer_whose_step_factor_is_0_stays_as_it_is_and_the_other_learns(ttt_layer):
+    ttt = ttt_layer(mini_batch_size=K, inner_lr_factors=[0.0, 1.0]).ttt
+    x, start = torch.randn(1, FRAMES, 32), ttt.initial_weights(1)
+    out, end = ttt.forward_from(x, start)
+    assert torch.equal(end.weights[0], start.weights[0])
+    assert torch.equal(end.biases[0], start.biases[0])
+    assert (end.weights[1] - start.weights[1]).abs().max() > 1e-3
+    assert ttt.kernel == "eager"  # the kernels know no factors
+    ttt.inner_lr_factors = None
+    assert not torch.allclose(ttt(x), out, atol=1e-4)
+
+
 MAX_CHUNK = 7
 CONTEXTS = {"ttt_layer_context": 6, "non_ttt_layer_context": 9}
 
