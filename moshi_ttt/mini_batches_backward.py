@@ -1,8 +1,9 @@
 """Backward pass of a group of mini-batches of the inner loop's dual form.
 
 The chain rule through the equations of `moshi_ttt/inner_loop.py`. The tests hold it against autograd of the
-reference. What does not wait for the mini-batch after is done for all of a group at once. In the comments `dX` is the gradient of the outer loss at X; names without d are those of the forward
-pass. Tensors of a group are `[M, N, K, ...]`.
+reference. What does not wait for the mini-batch after is done for all of a group at once. In the comments
+`dX` is the gradient of the outer loss at X; names without d are those of the forward pass.
+Tensors of a group are `[M, N, K, ...]`.
 """
 
 from dataclasses import dataclass
