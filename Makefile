@@ -21,8 +21,9 @@ demo: .venv/.installed
 	$(BIN)/python -m inference.generate checkpoint=$(RUN) output=$(RUN)/answer.wav \
 	  input=sample_data/audio/dialogue_1.flac channel=1 sampling.temp=0.3 sampling.temp_text=0.3
 
+# A process for each core. Tests of one file stay in one process: they share checkpoints that were trained for them.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 # What needs a CUDA GPU; `make test` shows these tests as skipped where there is none.
 test-gpu: .venv/.installed

@@ -1,6 +1,7 @@
 """Moshi's weights into memory: as `load_moshi` does it, or the bare file."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -21,6 +22,13 @@ def bare_read(path: Path) -> int:
     return size
 
 
+def forget(path: Path) -> None:
+    """Drop a file from the page cache, so that it comes from the disk (Linux)."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # pages that are not written yet stay
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
     given = settings()
     path = Path(given["weights"])
@@ -33,7 +41,10 @@ def main() -> None:
             parameter.data.view(torch.uint8).flatten()[::4096].sum()
         return model
 
-    serve(load if given["how"] == "load_moshi" else lambda: bare_read(path))
+    serve(
+        load if given["how"] == "load_moshi" else lambda: bare_read(path),
+        prepare=lambda: forget(path) if given["from"] == "disk" else None,
+    )
 
 
 if __name__ == "__main__":

@@ -30,13 +30,18 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def serve(work: Callable[[], Any]) -> None:
-    """Work once for each line, and answer with its CPU time and by how much memory grew at its peak."""
+def serve(work: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> None:
+    """Work once for each line, and answer with its time and by how much memory grew at its peak.
+
+    Args:
+        prepare: called before each round, not timed.
+    """
     for _ in sys.stdin:
+        prepare()
         forget_peak()
-        before, started = memory_mib("VmRSS"), time.process_time()
+        before, started, began = memory_mib("VmRSS"), time.process_time(), time.perf_counter()
         result = work()
-        seconds = time.process_time() - started
-        found = {"cpu_sec": seconds, "peak_mib": memory_mib("VmHWM") - before}
+        seconds, wall = time.process_time() - started, time.perf_counter() - began
+        found = {"cpu_sec": seconds, "wall_sec": wall, "peak_mib": memory_mib("VmHWM") - before}
         del result
         print(json.dumps(found), flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 from evaluation.recall.settings import RecallConfig
 from moshi_ttt.config import TTTConfig
 
-_CAPACITY_PAIRS = [1, 2, 4, 8, 12, 16, 24, 32]
+_CAPACITY_PAIRS = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
 _AT_TWO_DISTANCES = {"scoring.distances": [10.0, 50.0]}
 
 # Taught for few steps with more pairs and questions than in the table: memories learn so faster, and what
@@ -88,21 +88,38 @@ def _model_widths() -> list[Variant]:
 
 
 def _inner_widths() -> list[Variant]:
-    """Memories of three widths, taught and asked up to as many pairs as there are keys."""
-    asked = {
-        "training.max_pairs": _CAPACITY_PAIRS[-1],
+    """Memories of several widths, which for the narrow ones are too small for what they are told.
+
+    First one narrow head a layer with 64 keys; then two wider heads, which are told all of 32 keys.
+    """
+    narrow = {
+        "vocabulary.keys": 64,
+        "training.max_pairs": 32,
+        "training.questions": 16,
+        "training.max_distance_frames": 32,
+        "training.batch_size": 32,
+        "training.max_steps": 1500,
+        "training.cooldown_steps": 200,
+        "training.give_up_steps": 1500,
+        "scoring.distances": [10.0],
+        "scoring.capacity_pairs": _CAPACITY_PAIRS,
+        "ttt.mini_batch_size": 16,
+        "ttt.num_heads": 1,
+    }
+    wide = {
+        "training.max_pairs": 32,
         "training.questions": 8,
         "training.max_steps": 3000,
         "training.cooldown_steps": 600,
         "training.give_up_steps": 1500,
         "scoring.distances": [10.0],
-        "scoring.capacity_pairs": _CAPACITY_PAIRS,
+        "scoring.capacity_pairs": _CAPACITY_PAIRS[:8],
+        "ttt.num_heads": 2,
     }
-    arms = ("ttt_mlp", "ttt_mlp_3", "ttt_linear")
+    arms = ("ttt_linear", "ttt_mlp", "ttt_mlp_3")
     return [
-        Variant(f"heads of {width}", asked | {"ttt.head_dim": width, "ttt.num_heads": 2}, arms)
-        for width in (64, 32, 16)
-    ]
+        Variant(f"one head of {width}", narrow | {"ttt.head_dim": width}, arms) for width in (4, 8, 16, 32)
+    ] + [Variant(f"two heads of {width}", wide | {"ttt.head_dim": width}, ("ttt_mlp",)) for width in (16, 32)]
 
 
 def _leak() -> list[Variant]:
