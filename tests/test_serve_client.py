@@ -37,6 +37,11 @@ def checkpoint(private_cache, tmp_path_factory):
     return short_run(tmp_path_factory.mktemp("client"))
 
 
+def hear_sigint() -> None:
+    """A script that starts the tests in the background lets all that they start ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @asynccontextmanager
 async def moshi_client(card: SoundCard, url: str, **environment: str):
     """`python -m moshi.client`, whose stdout is Moshi's text and whose stderr what it tells besides."""
@@ -45,6 +50,7 @@ async def moshi_client(card: SoundCard, url: str, **environment: str):
         env=card.environment | {"PYTHONIOENCODING": "utf-8"} | environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        preexec_fn=hear_sigint,
     )
     try:
         yield process

@@ -28,9 +28,9 @@ class RecallConfig:
     """mode=probe: a run, a step or a consolidated folder."""
 
     study: str = "table"
-    """table: the arms. ablation: one setting of the TTT layers changed at a time. width: wider Moshis, with
-    the benchmark's settings and the layer's defaults. capacity: how many pairs fit. leak: what the non-causal
-    update gains in training. What the studies vary is in evaluation/recall/studies.py."""
+    """table: the arms. ablation: one setting of the TTT layers changed at a time. width: Moshis of 64 to
+    512 channels with the layer's defaults. capacity: how many pairs fit. leak: what the non-causal update gains
+    in training. What the studies vary is in evaluation/recall/studies.py."""
 
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     """Which memories to compare, of those that a study has; see evaluation/recall/arms.py."""

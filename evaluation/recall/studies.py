@@ -66,25 +66,24 @@ def _one_at_a_time() -> list[Variant]:
 
 
 def _model_widths() -> list[Variant]:
-    """Moshis of three widths, their two TTT heads up to 128 wide; and the defaults of the layer in them.
+    """Moshis of several widths with the layer's defaults, their TTT heads 32, 64 and 128 wide.
 
-    The learning rate falls with the width, as is usual with Adam.
+    The learning rate falls with the width, as is usual with Adam. The widest takes smaller batches, for time.
     """
     defaults = {
         f"ttt.{key}": getattr(TTTConfig(), key) for key in ("mini_batch_size", "base_lr", "gate_init")
     }
-    variants = []
-    for dim in (64, 128, 256):
-        width = _FEW | {
+
+    def width(dim: int, **more: Any) -> Variant:
+        settings = {
             "size.dim": dim,
             "training.learning_rate": 3e-3 * 64 / dim,
             "training.max_steps": 1500,
         }
-        variants += [
-            Variant(f"dim {dim}", width),
-            Variant(f"dim {dim} with the defaults", width | defaults),
-        ]
-    return variants
+        return Variant(f"dim {dim} with the defaults", _FEW | settings | defaults | more)
+
+    wide = {"ttt.num_heads": 4, "ttt.head_dim": 128, "training.batch_size": 8}
+    return [width(64), width(128), width(256), width(512, **wide)]
 
 
 def _inner_widths() -> list[Variant]:
