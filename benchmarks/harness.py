@@ -177,10 +177,13 @@ def machine_name() -> str:
 
 
 def write(entries: Sequence[Entry], folder: Path = RESULTS) -> Path:
-    """Put entries into the results file of this machine and this day; they replace those of their names."""
+    """Put entries into the results file of this machine and this day.
+
+    They replace those of their names; but what was not measured now replaces nothing that was.
+    """
     path = folder / f"{machine_name()}-{datetime.now(UTC):%Y-%m-%d}.json"
     whole = {entry.name: entry for entry in read(path)} if path.exists() else {}
-    whole |= {entry.name: entry for entry in entries}
+    whole |= {entry.name: entry for entry in entries if entry.ratio is not None or entry.name not in whole}
     path.write_text(json.dumps({"entries": [asdict(entry) for entry in whole.values()]}, indent=1) + "\n")
     return path
 

@@ -69,22 +69,24 @@ def naive_sec(mini_batch: int, frames: int) -> float:
 def size_entries(options: Options, batch: int, frames: int, mini_batch: int, rounds: int) -> list[Entry]:
     """Entries of one size."""
     what = f"inner loop, batch {batch}, {frames} frames, mini-batch {mini_batch}"
+    of_peers = {
+        module: [f"{what}, {kind} against {repository}" for kind in ("time", "memory")]
+        for module, repository in PEERS.items()
+    }
+    if options.peers is None:
+        why = "give peers=FOLDER with its checkout"
+        return [not_measured(name, 2.0, why) for names in of_peers.values() for name in names]
     with contestants(options, batch, frames, mini_batch) as found:
         every = rounds_of(found, rounds)
         seconds = medians(every)
         peaks = {name: max(contestant.peak_mib[1:]) for name, contestant in found.items()}
     entries = []
-    for module, repository in PEERS.items():
-        names = [f"{what}, time against {repository}", f"{what}, memory against {repository}"]
-        if module not in found:
-            entries += [not_measured(name, 2.0, "give peers=FOLDER with its checkout") for name in names]
-            continue
+    for module, names in of_peers.items():
         times = {name: [round(t, 3) for t in every[name]] for name in ("ours", module)}
         pairs = [(seconds, "CPU s", {"rounds": times}), (peaks, "MiB", {})]
+        against = f"{PEERS[module]}, its defaults"
         entries += [
-            lower_is_better(
-                name, values["ours"], values[module], 2.0, unit, f"{repository}, its defaults", **more
-            )
+            lower_is_better(name, values["ours"], values[module], 2.0, unit, against, **more)
             for name, (values, unit, more) in zip(names, pairs, strict=True)
         ]
     return entries

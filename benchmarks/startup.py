@@ -29,7 +29,7 @@ def child_cpu_sec(code: str) -> float:
 def entries(options: Options) -> list[Entry]:
     works = {"torch": "import torch"} | PACKAGES
     timed = {name: lambda code=code: child_cpu_sec(code) for name, code in works.items()}
-    seconds = medians(rounds_of(timed, 5))
+    seconds = medians(rounds_of(timed, 3))
     return [
         lower_is_better(
             f"import of {name}",

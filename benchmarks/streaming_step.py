@@ -22,7 +22,7 @@ from moshi_ttt.config import TTTConfig
 from moshi_ttt.ttt_layer import TTTWrapper
 
 DIM, HOST_HEADS, MINI_BATCH = 4096, 32, 16
-ROUNDS = 10 * MINI_BATCH
+ROUNDS = 5 * MINI_BATCH
 
 
 def moshi_layer() -> StreamingTransformerLayer:

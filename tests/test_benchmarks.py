@@ -24,7 +24,10 @@ def test_a_results_file_holds_the_entries_and_is_found_again(tmp_path):
     assert content["entries"][1]["ratio"] is None
     assert newest(tmp_path) == path
     assert read(path) == entries
-    assert write_results([entry("one", 2.5), entry("three", 3.0)], tmp_path) == path
+    again = [entry("one", 2.5), entry("three", 3.0)]
+    assert write_results(again, tmp_path) == path
+    without_peers = [not_measured(found.name, 2.0, "give peers=FOLDER") for found in again]
+    assert write_results(without_peers, tmp_path) == path
     assert [(found.name, found.ratio) for found in read(path)] == [
         ("one", 2.5),
         ("two", None),
