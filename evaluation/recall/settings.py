@@ -29,8 +29,8 @@ class RecallConfig:
 
     study: str = "table"
     """table: the arms. ablation: one setting of the TTT layers changed at a time. width: Moshis of 64 to
-    512 channels with the layer's defaults. capacity: how many pairs fit. leak: what the non-causal update gains
-    in training. What the studies vary is in evaluation/recall/studies.py."""
+    512 channels with the layer's defaults. capacity: how many pairs fit. leak: what the non-causal update
+    gains in training. What the studies vary is in evaluation/recall/studies.py."""
 
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     """Which memories to compare, of those that a study has; see evaluation/recall/arms.py."""

@@ -87,11 +87,12 @@ def _model_widths() -> list[Variant]:
 
 
 def _inner_widths() -> list[Variant]:
-    """Memories of several widths, which for the narrow ones are too small for what they are told.
+    """Memories of several widths and depths, in three lessons.
 
-    First one narrow head a layer with 64 keys; then two wider heads, which are told all of 32 keys.
+    One narrow head a layer that is told up to 32 of 64 keys, more than it can hold; two heads that are told
+    up to 16 of 32 keys, which all memories learn; and two heads that are told all of 32 keys.
     """
-    narrow = {
+    hard = {
         "vocabulary.keys": 64,
         "training.max_pairs": 32,
         "training.questions": 16,
@@ -105,7 +106,13 @@ def _inner_widths() -> list[Variant]:
         "ttt.mini_batch_size": 16,
         "ttt.num_heads": 1,
     }
-    wide = {
+    easy = _FEW | {
+        "training.max_steps": 1000,
+        "scoring.capacity_pairs": _CAPACITY_PAIRS[:8],
+        "ttt.mini_batch_size": 16,
+        "ttt.num_heads": 2,
+    }
+    long = {
         "training.max_pairs": 32,
         "training.questions": 8,
         "training.max_steps": 3000,
@@ -115,10 +122,16 @@ def _inner_widths() -> list[Variant]:
         "scoring.capacity_pairs": _CAPACITY_PAIRS[:8],
         "ttt.num_heads": 2,
     }
-    arms = ("ttt_linear", "ttt_mlp", "ttt_mlp_3")
+    memories = ("ttt_linear", "ttt_mlp", "ttt_mlp_3")
+
+    def of_width(name: str, lesson: dict[str, Any], width: int, *arms: str) -> Variant:
+        return Variant(f"{name} of {width}", lesson | {"ttt.head_dim": width}, arms)
+
     return [
-        Variant(f"one head of {width}", narrow | {"ttt.head_dim": width}, arms) for width in (4, 8, 16, 32)
-    ] + [Variant(f"two heads of {width}", wide | {"ttt.head_dim": width}, ("ttt_mlp",)) for width in (16, 32)]
+        *(of_width("told 32: one head", hard, width, *memories) for width in (4, 8, 16, 32)),
+        *(of_width("told 16: two heads", easy, width, *memories) for width in (8, 16, 32)),
+        *(of_width("told 32 for longer: two heads", long, width, "ttt_mlp") for width in (16, 32)),
+    ]
 
 
 def _leak() -> list[Variant]:
