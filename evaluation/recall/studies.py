@@ -90,7 +90,7 @@ def _inner_widths() -> list[Variant]:
     """Memories of several widths and depths, in three lessons.
 
     One narrow head a layer that is told up to 32 of 64 keys, more than it can hold; two heads that are told
-    up to 16 of 32 keys, which all memories learn; and two heads that are told all of 32 keys.
+    up to 16 of 32 keys, which most memories learn; and two heads that are told all of 32 keys.
     """
     hard = {
         "vocabulary.keys": 64,
