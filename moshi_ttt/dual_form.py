@@ -151,18 +151,19 @@ def differentiable(
 ) -> tuple[torch.Tensor, InnerWeights]:
     """The scan by `function`, which takes its arguments in the order of `DualForm`."""
     bound = rules.bound
-    center = () if bound is None else (*bound.center.weights, *bound.center.biases)
     out, *end = function.apply(
         checkpoint_group_size,
         None if bound is None else bound.radii,
         rules.norm.factors,
-        *tokens.tensors(),
-        rules.norm.weight,
-        rules.norm.bias,
-        rules.scale,
-        *state.weights,
-        *state.biases,
-        *center,
+        *flat(tokens, state, rules),
     )  # type: ignore[misc]
     depth = len(state.weights)
     return out, InnerWeights(tuple(end[:depth]), tuple(end[depth:]))
+
+
+def flat(tokens: Tokens, state: InnerWeights, rules: Rules) -> list[torch.Tensor]:
+    """All tensors in the order of `DualForm`; `unpacked` undoes it."""
+    bound = rules.bound
+    center = () if bound is None else (*bound.center.weights, *bound.center.biases)
+    of_rules = rules.norm.weight, rules.norm.bias, rules.scale
+    return [*tokens.tensors(), *of_rules, *state.weights, *state.biases, *center]

@@ -22,53 +22,16 @@ the weights of its last token.
 Everything here is float32 (or float64 in tests): see `InnerWeights`.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from moshi_ttt.dual_form import dual_form
 from moshi_ttt.inner_network import InnerNorm, answer, fold, key_pass
 from moshi_ttt.inner_weights import InnerBound, InnerWeights, pulled_back
-from moshi_ttt.kernels.choice import use_triton_scan
+from moshi_ttt.kernels.choice import scan_kernel, use_native
+from moshi_ttt.kernels.native_form import native_form
+from moshi_ttt.kernels.native_step import native_fold, native_step
 from moshi_ttt.mini_batches import Rules, Tokens
-
-
-@dataclass
-class PendingUpdates:
-    """Factors of the weight updates that the current mini-batch has gathered, one slot a token.
-
-    Args:
-        inputs: X of each layer, `[N, K, d_in]`.
-        grads: G of each layer, `[N, K, d_out]`.
-        lr: `[N, K]`.
-    """
-
-    inputs: tuple[torch.Tensor, ...]
-    grads: tuple[torch.Tensor, ...]
-    lr: torch.Tensor
-
-    @staticmethod
-    def empty(nets: int, size: int, widths: list[int], like: torch.Tensor) -> "PendingUpdates":
-        """Empty slots for N nets, mini-batches of K and an inner network of these widths."""
-        return PendingUpdates(
-            tuple(like.new_zeros(nets, size, width) for width in widths[:-1]),
-            tuple(like.new_zeros(nets, size, width) for width in widths[1:]),
-            like.new_zeros(nets, size),
-        )
-
-    def clear(self, nets: torch.Tensor) -> None:
-        """Zero the slots where `nets` `[N]` is true."""
-        for buffer in (*self.inputs, *self.grads):
-            buffer.masked_fill_(nets[:, None, None], 0)
-        self.lr.masked_fill_(nets[:, None], 0)
-
-    def write(
-        self, position: torch.Tensor, inputs: list[torch.Tensor], grads: list[torch.Tensor], lr: torch.Tensor
-    ) -> None:
-        """Put one token, `[N, 1, ...]` each, into slot `position` `[N]`."""
-        nets = torch.arange(position.shape[0], device=position.device)
-        for buffer, new in zip((*self.inputs, *self.grads, self.lr), (*inputs, *grads, lr), strict=True):
-            buffer[nets, position] = new[:, 0]
+from moshi_ttt.pending import PendingUpdates
 
 
 def step_scale(token_scale: torch.Tensor) -> torch.Tensor:
@@ -108,8 +71,11 @@ def inner_loop(
         sequence cut at a mini-batch edge can be continued from the returned weights.
     """
     tokens, rules = Tokens(q, k, target, lr), Rules(norm, step_scale, bound)
-    if not use_triton_scan(kernel, state, step_scale.shape[0]):
+    chosen = scan_kernel(kernel, state, step_scale.shape[0])
+    if chosen == "eager":
         return dual_form(tokens, state, rules, checkpoint_group_size)
+    if chosen == "native":
+        return native_form(tokens, state, rules, checkpoint_group_size)
     from moshi_ttt.kernels.triton_form import triton_form  # here, because Triton takes long to import
 
     return triton_form(tokens, state, rules, checkpoint_group_size)
@@ -125,6 +91,7 @@ def inner_step(
     pending: PendingUpdates,
     norm: InnerNorm,
     step_scale: torch.Tensor,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Answer one token and put its update into slot `position` (primal form). Writes `pending` in place.
 
@@ -135,9 +102,13 @@ def inner_step(
             slot overwritten by the next token: the token never counted.
         state: weights at the start of the mini-batch.
         step_scale: see `step_scale`, `[K, K]`.
+        kernel: which implementation runs, see `moshi_ttt.kernels.choice`.
     Returns:
         `[N, 1, D]`. The caller advances the positions and calls `fold_finished`.
     """
+    if use_native(kernel, state):
+        rules = Rules(norm, step_scale, None)
+        return native_step(Tokens(q, k, target, lr), position, state, pending, rules)
     keys = key_pass(k, target, state, norm)
     pending.write(position, keys.inputs, keys.grads, lr)
     eta = step_scale[position] * pending.lr
@@ -150,13 +121,18 @@ def fold_finished(
     pending: PendingUpdates,
     step_scale: torch.Tensor,
     bound: InnerBound | None = None,
+    kernel: str = "auto",
 ) -> None:
     """Add the pending updates to the weights where a mini-batch is complete, in place.
 
     Args:
         finished: where the last token of a mini-batch has just been done, `[N]`; None: everywhere.
         bound: the weights are drawn back into it; None lets them go anywhere.
+        kernel: which implementation runs, see `moshi_ttt.kernels.choice`.
     """
+    if use_native(kernel, state):
+        native_fold(finished, state, pending, step_scale, bound)
+        return
 
     def counted(x: torch.Tensor) -> torch.Tensor:
         # Masked on both sides: what a resting row was fed may be NaN, which a product with 0 would keep.

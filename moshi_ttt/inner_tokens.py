@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moshi_ttt.inner_loop import PendingUpdates
 from moshi_ttt.inner_network import InnerNorm
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
+from moshi_ttt.pending import PendingUpdates
 
 
 @dataclass

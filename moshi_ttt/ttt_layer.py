@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.float32 import Float32Module
-from moshi_ttt.inner_loop import PendingUpdates, fold_finished, inner_loop, inner_step, step_scale
+from moshi_ttt.inner_loop import fold_finished, inner_loop, inner_step, step_scale
 from moshi_ttt.inner_network import LAYER_NORM_EPS, InnerNorm, layer_norm
 from moshi_ttt.inner_tokens import InnerTokens
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
 from moshi_ttt.kernels.choice import use_triton
+from moshi_ttt.pending import PendingUpdates
 from moshi_ttt.projection import Projection
 from moshi_ttt.ttt_state import TTTState
 
@@ -304,9 +305,9 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             return self._fused_step(x, state)
         q, k, target, lr = self.project(x, state.position[:, None], state.norm)
         nets = self._nets(state.position)
-        out = inner_step(q, k, target, lr, nets, state.inner, state.pending, state.norm, state.step_scale)
+        constants = state.norm, state.step_scale
+        out = inner_step(q, k, target, lr, nets, state.inner, state.pending, *constants, self.kernel)
         if self.observer is not None:
-            constants = state.norm, state.step_scale
             self.observer(
                 InnerTokens(k, target, lr, state.inner, *constants, pending=state.pending, position=nets)
             )
@@ -341,7 +342,8 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
             nets = None if finished.all() else self._nets(finished)
         else:
             nets = self._nets(finished)
-        fold_finished(nets, state.inner, state.pending, state.step_scale, self.bound(state.initial))
+        bound = self.bound(state.initial)
+        fold_finished(nets, state.inner, state.pending, state.step_scale, bound, self.kernel)
         state.position.masked_fill_(finished, 0)
 
 

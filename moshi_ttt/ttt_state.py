@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from moshi.modules.streaming import State
 
-from moshi_ttt.inner_loop import PendingUpdates
 from moshi_ttt.inner_network import InnerNorm
 from moshi_ttt.inner_weights import InnerWeights
+from moshi_ttt.pending import PendingUpdates
 
 
 @dataclass

@@ -13,9 +13,10 @@ from moshi.models.lm import LMModel
 from torch import nn
 
 from moshi_ttt.hybrid_layer import Gate
-from moshi_ttt.inner_loop import PendingUpdates, effective_weights, inner_step
+from moshi_ttt.inner_loop import effective_weights, inner_step
 from moshi_ttt.inner_weights import InnerWeights, within
 from moshi_ttt.integration import ttt_layers
+from moshi_ttt.pending import PendingUpdates
 from moshi_ttt.persistence import stream_weights
 from moshi_ttt.ttt_layer import TTTBase
 

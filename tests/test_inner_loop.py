@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from moshi_ttt.inner_loop import (
-    PendingUpdates,
     effective_weights,
     fold_finished,
     inner_loop,
@@ -14,6 +13,7 @@ from moshi_ttt.inner_loop import (
 from moshi_ttt.inner_network import InnerNorm
 from moshi_ttt.inner_weights import InnerWeights
 from moshi_ttt.integration import ttt_layers
+from moshi_ttt.pending import PendingUpdates
 from moshi_ttt.reference import reference_inner_loop
 
 NETS = 2

@@ -26,6 +26,7 @@ from finetune.plan import (
 )
 from moshi_ttt.checkpoint import find_checkpoint
 from moshi_ttt.integration import set_activation_checkpointing
+from moshi_ttt.kernels.choice import forced
 from moshi_ttt.parameters import named_groups, set_trainable
 
 WEIGHTS = LossWeights(100.0, 0.5)
@@ -94,8 +95,8 @@ def test_the_peak_on_meta_is_the_peak_of_real_tensors(checkpointing, overrides, 
     for tensor in (*real.parameters(), *real.buffers()):
         if tensor.is_floating_point():
             torch.nn.init.normal_(tensor, std=0.02)
-    # Meta tensors take the plain attention, where a CPU would take the fused one.
-    with sdpa_kernel(SDPBackend.MATH):
+    # Meta tensors take the plain attention and inner loop, where a CPU would take the fused ones.
+    with sdpa_kernel(SDPBackend.MATH), forced("eager"):
         peak, flops = measure_step(LossModel(real), codes, WEIGHTS)
     assert peak == planned
     assert flops == planned_flops

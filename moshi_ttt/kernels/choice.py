@@ -1,13 +1,18 @@
 """Which implementation of the inner loop runs, in training and in streaming: the one place that decides."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
 from moshi_ttt.inner_weights import InnerWeights
+from moshi_ttt.kernels.native_build import compiler
 
-KERNELS = ("auto", "eager", "triton")
+logger = logging.getLogger(__name__)
+
+KERNELS = ("auto", "eager", "native", "triton")
 _WIDTHS = (16, 32, 64, 128)
 # Widths at which training's scan has been run on a GPU (an H100) and was right; others must be asked for.
 _TRIED_SCAN_WIDTHS = (128,)
@@ -38,16 +43,42 @@ def refusal(weights: InnerWeights, mini_batch_size: int) -> str | None:
     return None
 
 
-def use_triton_scan(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
-    """Whether `kernels.triton_form` runs whole mini-batches, as in training.
+def scan_kernel(asked: str, weights: InnerWeights, mini_batch_size: int) -> str:
+    """What runs whole mini-batches, as in training: "eager", "native" or "triton".
+
+    With `auto`, the Triton kernels on a CUDA device where they can and have been tried, and the C++ code on
+    the CPU where there is a compiler.
 
     Raises:
-        ValueError: the kernels were asked for and cannot run this.
+        ValueError: what was asked for cannot run this.
     """
-    tried = weights.weights[0].shape[1] in _TRIED_SCAN_WIDTHS
-    if (_forced or asked) == "auto" and not tried:
-        return False
-    return use_triton(asked, weights, mini_batch_size)
+    if use_native(asked, weights):
+        return "native"
+    if (_forced or asked) == "auto" and weights.weights[0].shape[1] not in _TRIED_SCAN_WIDTHS:
+        return "eager"
+    return "triton" if use_triton(asked, weights, mini_batch_size) else "eager"
+
+
+def use_native(asked: str, weights: InnerWeights) -> bool:
+    """Whether the C++ code runs: where asked for, or with `auto` on the CPU where there is a compiler.
+
+    Raises:
+        ValueError: it was asked for and cannot run this.
+    """
+    asked, device = _forced or asked, weights.weights[0].device.type
+    if asked == "native" and device != "cpu":
+        raise ValueError(f"ttt.kernel=native runs on the CPU, not on {device}; use ttt.kernel=auto")
+    return asked == "native" or (asked == "auto" and device == "cpu" and _has_compiler())
+
+
+@cache
+def _has_compiler() -> bool:
+    if compiler() is None:
+        logger.warning(
+            "no C++ compiler found: the inner loop runs in torch's operations, at less than half the speed; "
+            "install g++, or set ttt.kernel=eager to have it so"
+        )
+    return compiler() is not None
 
 
 def use_triton(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
@@ -58,7 +89,7 @@ def use_triton(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
     """
     asked = _forced or asked
     assert asked in KERNELS, asked
-    if asked == "eager" or (asked == "auto" and weights.weights[0].device.type != "cuda"):
+    if asked in ("eager", "native") or (asked == "auto" and weights.weights[0].device.type != "cuda"):
         return False
     reason = refusal(weights, mini_batch_size)
     if reason is not None and asked == "triton":
@@ -70,14 +101,14 @@ def use_triton(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
 
 @contextmanager
 def forced(kernel: str) -> Iterator[None]:
-    """Use "eager" or "triton", whatever was asked for, for all that is run or captured while this lasts.
+    """Use "eager", "native" or "triton", whatever was asked for, for what is run or captured meanwhile.
 
     Raises:
         ValueError: another name.
     """
     global _forced
     if kernel not in KERNELS[1:]:
-        raise ValueError(f"an inner loop is eager or triton; got {kernel!r}")
+        raise ValueError(f"an inner loop is eager, native or triton; got {kernel!r}")
     before, _forced = _forced, kernel
     try:
         yield
