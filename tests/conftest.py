@@ -23,6 +23,8 @@ from moshi.modules.transformer import RingKVCache
 
 from moshi_ttt.building import ModelSettings, build_model
 from moshi_ttt.config import TTTConfig
+from moshi_ttt.kernels.choice import forced
+from moshi_ttt.kernels.native_build import compiler
 from moshi_ttt.loading import ModelConfig, find_base
 from moshi_ttt.lora import LoRAConfig
 from moshi_ttt.parameters import named_groups
@@ -74,6 +76,15 @@ def ttt_layer() -> Callable[..., TTTWrapper]:
         return layer
 
     return ttt_layer
+
+
+@pytest.fixture(params=["eager", "native"])
+def each_cpu_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test runs with the inner loop in torch's operations, and again with the one in C++."""
+    if request.param == "native" and compiler() is None:
+        pytest.skip("no C++ compiler: g++ is missing")
+    with forced(request.param):
+        yield
 
 
 @pytest.fixture

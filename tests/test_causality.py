@@ -7,6 +7,8 @@ from moshi.models.lm_utils import _delay_sequence
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid_layer import HybridSeqModelingBlock
 
+pytestmark = pytest.mark.usefixtures("each_cpu_kernel")
+
 KINDS = [
     {"ssm_layer": "ttt_linear"},
     {"ssm_layer": "ttt_mlp"},

@@ -8,6 +8,8 @@ from moshi_ttt.inner_loop import inner_loop
 from moshi_ttt.reference import reference_inner_loop
 from moshi_ttt.ttt_layer import TTTWrapper
 
+pytestmark = pytest.mark.usefixtures("each_cpu_kernel")
+
 K, BOUND = 5, 0.05
 KINDS = [{"ssm_layer": "ttt_linear"}, {"ssm_layer": "ttt_mlp"}, {"ttt_mlp_layers": 3}]
 

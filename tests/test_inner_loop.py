@@ -16,6 +16,8 @@ from moshi_ttt.integration import ttt_layers
 from moshi_ttt.pending import PendingUpdates
 from moshi_ttt.reference import reference_inner_loop
 
+pytestmark = pytest.mark.usefixtures("each_cpu_kernel")
+
 NETS = 2
 K = 4
 FRAMES = 11  # two mini-batches and three tokens of a third

@@ -152,10 +152,10 @@ def test_a_compiler_that_fails_is_quoted(fresh_choice, monkeypatch, tmp_path):
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "out of ideas" >&2\nexit 1\n')
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MOSHI_TTT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(RuntimeError, match="(?s)use ttt.kernel=eager.*out of ideas"):
         native_build.library()
-    assert [path.name for path in (tmp_path / "cache" / "moshi-ttt").iterdir()] == ["lock"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
 def test_processes_that_start_together_compile_once(tmp_path):
@@ -165,12 +165,12 @@ def test_processes_that_start_together_compile_once(tmp_path):
     )
     counting.chmod(0o755)
     code = "from moshi_ttt.kernels.native_build import library; library().forward_float32"
-    environment = os.environ | {"CXX": str(counting), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"CXX": str(counting), "MOSHI_TTT_CACHE": str(tmp_path / "cache")}
     started = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[1])
         for _ in range(3)
     ]
     assert [process.wait() for process in started] == [0, 0, 0]
     assert (tmp_path / "runs").read_text() == "compiled\n"
-    kept = sorted(path.suffix for path in (tmp_path / "moshi-ttt").iterdir())
+    kept = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
     assert kept == ["", ".so"]  # the lock, and nothing half done

@@ -8,6 +8,8 @@ from moshi.models.lm_utils import _delay_sequence
 from moshi_ttt.integration import temporal_attentions
 from moshi_ttt.streaming import streaming
 
+pytestmark = pytest.mark.usefixtures("each_cpu_kernel")
+
 K = 5
 FRAMES = 23  # no multiple of K
 

@@ -1,6 +1,6 @@
 """The inner loop in C++, compiled for this machine's CPU when it is first needed.
 
-The library is kept in the user's cache folder under a name made of its source, its compiler and the CPU, so
+The library is kept in the cache folder under a name made of its source, its compiler and the CPU, so
 that machines that share a home each have their own.
 """
 
@@ -16,6 +16,8 @@ import time
 from functools import cache
 from pathlib import Path
 
+from moshi_ttt.digest import cache_folder
+
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "native"
@@ -26,12 +28,6 @@ FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenm
 def compiler() -> str | None:
     """Path of the C++ compiler, GCC's; None where there is none. `CXX` names another."""
     return shutil.which(os.environ.get("CXX", "g++"))
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "moshi-ttt"
 
 
 def _name(path: str) -> str:
