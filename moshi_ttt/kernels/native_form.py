@@ -41,9 +41,6 @@ class _Kept:
         shrinks = None if rules.bound is None else tokens.q.new_empty(count, nets, len(state.weights))
         return _Kept(starts, torch.empty_like(tokens.k), torch.empty_like(tokens.q), shrinks)
 
-    def fields(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
     def is_drawn(self) -> bool:
         """Whether the bound has acted."""
         return self.shrinks is not None and bool((self.shrinks != 1).any())
@@ -73,7 +70,7 @@ class NativeForm(torch.autograd.Function):
         tensors = tuple(x.contiguous() for x in tensors)
         tokens, state, rules = unpacked(tensors, radii, factors)
         ctx.kept = _Kept.room(tokens, state, rules, group_size)
-        out, end = _scan(tokens, state, rules, group_size, ctx.kept.fields())
+        out, end = _scan(tokens, state, rules, group_size, vars(ctx.kept))
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.group_size, ctx.radii, ctx.factors = group_size, radii, factors
@@ -96,7 +93,7 @@ class NativeForm(torch.autograd.Function):
             ],
             center=[torch.zeros_like(x) for x in ends] if ctx.kept.is_drawn() else None,
         )
-        call("backward", sequence(tokens, state, rules, ctx.group_size, **ctx.kept.fields()), d)
+        call("backward", sequence(tokens, state, rules, ctx.group_size, **vars(ctx.kept)), d)
         found = d.given
         of_tokens = [found[name] for name in ("q", "k", "target", "lr", "norm_weight", "norm_bias")]
         rest = (*found["state"], *_of_center(found["center"], rules))

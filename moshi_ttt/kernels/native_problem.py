@@ -29,6 +29,7 @@ class _Structure(ctypes.Structure):
     """
 
     def __init__(self, **given: Any):
+        assert given.keys() <= {name for name, *_ in self._fields_}
         self.held = {name: addresses(x) if isinstance(x, list) else x for name, x in given.items()}
         self.given = given
         super().__init__(**{name: self._number(x) for name, x in self.held.items() if x is not None})
