@@ -34,7 +34,7 @@ class LinearPerStep:
     Attributes:
         parameters: of the modules, those that are in stacks.
         stacks: the weights `[K, D, C]`, then biases `[K, D]` or LoRA's factors `[K, rank, C]` and
-            `[K, D, rank]`. Empty if one module is for all.
+            `[K, D, rank]`; or the weights with LoRA's updates. Empty if one module is for all.
     """
 
     def __init__(self, modules: Sequence[nn.Module] | nn.ModuleList, schedule: Sequence[int]):
@@ -46,7 +46,11 @@ class LinearPerStep:
         kinds = _weights(modules)
         self.parameters = [weight for kind in kinds for weight in kind]
         picked = [[kind[index] for index in schedule] for kind in kinds]
-        self.stacks = [torch.stack(kind) for kind in picked]
+        if isinstance(self.first, LoRALinear) and _is_less_merged(*(kind[0] for kind in kinds)):
+            merged = _Merged.apply(self.first.scaling, *(x for kind in picked for x in kind))
+            self.stacks = [merged]  # type: ignore[list-item]
+        else:
+            self.stacks = [torch.stack(kind) for kind in picked]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[K, N, C]` to `[K, N, D]`."""
@@ -67,6 +71,38 @@ def _weights(modules: Sequence[nn.Module] | nn.ModuleList) -> list[list[torch.Te
         linears = [module for module in modules if isinstance(module, nn.Linear)]
         rows = [(x.weight,) if x.bias is None else (x.weight, x.bias) for x in linears]
     return [list(kind) for kind in zip(*rows, strict=True)]
+
+
+def _is_less_merged(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:
+    """Whether a merged weight takes fewer FLOPs: of narrow layers with a high rank.
+
+    LoRA has three products a frame with each factor, forward and backward; a merged weight has one more with
+    the weight's size, its gradient. Only in float32: in bfloat16 a merged weight would round the update off.
+    """
+    return weight.dtype == torch.float32 and weight.numel() < 3 * (lora_a.numel() + lora_b.numel())
+
+
+class _Merged(torch.autograd.Function):
+    """Weights of the steps with LoRA's updates, `[K, D, C]`, of K weights, K factors A and K factors B."""
+
+    @staticmethod
+    def forward(ctx, scaling, *weights):
+        steps = len(weights) // 3
+        bases, *factors = (weights[start : start + steps] for start in range(0, 3 * steps, steps))
+        merged = torch.empty(steps, *bases[0].shape, dtype=bases[0].dtype, device=bases[0].device)
+        for out, base, lora_a, lora_b in zip(merged, bases, *factors, strict=True):
+            torch.addmm(base, lora_b, lora_a, alpha=scaling, out=out)
+        ctx.save_for_backward(*weights[steps:])
+        ctx.scaling = scaling
+        return merged
+
+    @staticmethod
+    def backward(ctx, grad):
+        steps = len(grad)
+        lora_a, lora_b = ctx.saved_tensors[:steps], ctx.saved_tensors[steps:]
+        a_grads = [torch.mm(b.t(), g).mul_(ctx.scaling) for b, g in zip(lora_b, grad, strict=True)]
+        b_grads = [torch.mm(g, a.t()).mul_(ctx.scaling) for a, g in zip(lora_a, grad, strict=True)]
+        return None, *grad, *a_grads, *b_grads
 
 
 class _StackedLoRA(torch.autograd.Function):
