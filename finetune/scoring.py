@@ -39,9 +39,27 @@ def weighted_nll_sum(logits: torch.Tensor, targets: torch.Tensor, weight: torch.
 
 def _nll_sum(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`weighted_nll_sum` of logits in the order of the model's steps: they are NaN only if the model is."""
-    targets = torch.where(weight > 0, targets, 0).flatten()
-    nll = F.cross_entropy(logits.flatten(0, -2).float(), targets, reduction="none")
-    return (nll * weight.flatten()).sum()
+    targets = torch.where(weight > 0, targets, 0)
+    return _NLLSum.apply(logits, targets, weight)  # type: ignore[no-any-return]
+
+
+class _NLLSum(torch.autograd.Function):
+    """Sum of weight x cross-entropy, whose gradient takes the memory of what is kept for it."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, weight):
+        targets, weight = targets[..., None], weight[..., None]
+        log_shares = logits.log_softmax(-1, dtype=torch.float32)
+        ctx.save_for_backward(log_shares, targets, weight)
+        ctx.dtype = logits.dtype
+        return -(log_shares.gather(-1, targets) * weight).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_shares, targets, weight = ctx.saved_tensors
+        weight = weight * grad
+        logits_grad = log_shares.exp_().mul_(weight).scatter_add_(-1, targets, -weight)
+        return logits_grad.to(ctx.dtype), None, None
 
 
 def text_loss(
