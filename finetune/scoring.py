@@ -5,20 +5,20 @@ once backward, and only the gradients are kept: with 7B and 100 s x 16 clips the
 2.5 GB in float32 and the depformer's activations about 30 GB, or a second forward pass of it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from moshi.models.lm import LMModel
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moshi_ttt.depformer import depformer_logits, depformer_modules
+from moshi_ttt.depformer import Depformer
 from moshi_ttt.linear import linear
 
 # Frames taken at a time: 0.25 GiB of text logits in float32; about 4 GiB of a 7B's depformer in bfloat16.
 TEXT_FRAMES = 2048
 DEPFORMER_FRAMES = 2500
+CPU_FRAMES = 256  # of the depformer on a CPU: its caches hold about as much
 
 # Sum of weight x cross-entropy of the frames in [start, stop), from their `[n, C]`.
 PartOfLoss = Callable[[torch.Tensor, int, int], torch.Tensor]
@@ -40,9 +40,27 @@ def weighted_nll_sum(logits: torch.Tensor, targets: torch.Tensor, weight: torch.
 
 def _nll_sum(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`weighted_nll_sum` of logits in the order of the model's steps: they are NaN only if the model is."""
-    targets = torch.where(weight > 0, targets, 0).flatten()
-    nll = F.cross_entropy(logits.flatten(0, -2).float(), targets, reduction="none")
-    return (nll * weight.flatten()).sum()
+    targets = torch.where(weight > 0, targets, 0)
+    return _NLLSum.apply(logits, targets, weight)  # type: ignore[no-any-return]
+
+
+class _NLLSum(torch.autograd.Function):
+    """Sum of weight x cross-entropy, whose gradient takes the memory of what is kept for it."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, weight):
+        targets, weight = targets[..., None], weight[..., None]
+        log_shares = logits.log_softmax(-1, dtype=torch.float32)
+        ctx.save_for_backward(log_shares, targets, weight)
+        ctx.dtype = logits.dtype
+        return -(log_shares.gather(-1, targets) * weight).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_shares, targets, weight = ctx.saved_tensors
+        weight = weight * grad
+        logits_grad = log_shares.exp_().mul_(weight).scatter_add_(-1, targets, -weight)
+        return logits_grad.to(ctx.dtype), None, None
 
 
 def text_loss(
@@ -54,7 +72,8 @@ def text_loss(
         logits = linear(model.text_linear, frames)
         return _nll_sum(logits, targets[start:stop], weight[start:stop])
 
-    return loss_in_parts(part, hidden, TEXT_FRAMES, [model.text_linear])
+    trained = [p for p in model.text_linear.parameters() if p.requires_grad]
+    return loss_in_parts(part, hidden, TEXT_FRAMES, trained)
 
 
 def audio_loss(
@@ -71,25 +90,26 @@ def audio_loss(
         codes: what the frames' steps predict, `[N, 17]`.
         targets, weight: `[N, K]`.
     """
+    depformer = Depformer(model)
 
     def part(frames: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        logits = depformer_logits(model, codes[start:stop], frames)
+        logits = depformer.logits(codes[start:stop], frames)
         return _nll_sum(logits, targets[start:stop].t(), weight[start:stop].t())
 
-    return loss_in_parts(part, hidden, DEPFORMER_FRAMES, depformer_modules(model))
+    most = min(CPU_FRAMES, DEPFORMER_FRAMES) if hidden.device.type == "cpu" else DEPFORMER_FRAMES
+    return loss_in_parts(part, hidden, most, depformer.trained())
 
 
 def loss_in_parts(
-    part: PartOfLoss, hidden: torch.Tensor, frames: int, modules: list[nn.Module]
+    part: PartOfLoss, hidden: torch.Tensor, frames: int, trained: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The sum of `part` over all frames of `hidden` `[N, C]`, at most `frames` at a time, differentiable.
 
     Args:
-        modules: all that `part` runs: their trainable parameters get gradients.
+        trained: what else `part` computes with that needs gradients.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and (parameters or hidden.requires_grad):
-        return _LossInParts.apply(part, frames, hidden, *parameters)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (trained or hidden.requires_grad):
+        return _LossInParts.apply(part, frames, hidden, *trained)  # type: ignore[no-any-return]
     sums = [part(hidden[start:stop], start, stop) for start, stop in _parts(hidden.shape[0], frames)]
     return torch.stack(sums).sum()
 
@@ -105,31 +125,34 @@ class _LossInParts(torch.autograd.Function):
     """Forward and backward of each part at once. What is kept are the gradients of the sum."""
 
     @staticmethod
-    def forward(ctx, part, frames, hidden, *parameters):
+    def forward(ctx, part, frames, hidden, *trained):
         # Sums over parts are float32, as sums inside a product are.
-        sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        sums: list[torch.Tensor] = []
         hidden_grad = torch.empty_like(hidden) if hidden.requires_grad else None
         losses = []
         for start, stop in _parts(hidden.shape[0], frames):
             leaf = hidden[start:stop].detach().requires_grad_(hidden_grad is not None)
             with torch.enable_grad():
                 loss = part(leaf.view_as(leaf), start, stop)  # module hooks of torch want no leaf
-            inputs = [*parameters, leaf] if hidden_grad is not None else list(parameters)
+            inputs = [*trained, leaf] if hidden_grad is not None else list(trained)
             grads = list(torch.autograd.grad(loss, inputs))
             if hidden_grad is not None:
                 hidden_grad[start:stop] = grads.pop()
-            for total, grad in zip(sums, grads, strict=True):
-                total.add_(grad)
+            if losses:
+                for total, grad in zip(sums, grads, strict=True):
+                    total.add_(grad)
+            else:  # products and sums over frames, each in memory of its own
+                sums = [grad.float() for grad in grads]
             losses.append(loss.detach())
         ctx.save_for_backward(hidden_grad, *sums)
-        ctx.dtypes = [p.dtype for p in parameters]
+        ctx.dtypes = [x.dtype for x in trained]
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx, grad):
         hidden_grad, *sums = ctx.saved_tensors
         # In float32: a factor rounded to bfloat16 would be off for all alike.
-        scaled = [(total * grad).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True)]
+        scaled = [total.mul_(grad).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True)]
         if hidden_grad is not None:
             hidden_grad = (hidden_grad.float() * grad).to(hidden_grad.dtype)
         return None, None, hidden_grad, *scaled

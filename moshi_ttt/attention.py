@@ -89,19 +89,42 @@ def _blocks(
     if position is None and window >= length:
         return F.scaled_dot_product_attention(q, keys, values, is_causal=True).transpose(1, 2)
     size = max(window, _LEAST_BLOCK)
+    starts = range(0, length, size)
+    seen = [(max(0, before + s - window + 1), before + min(s + size, length)) for s in starts]
+    blocks = q.split(size, dim=2), _windows(keys, seen), _windows(values, seen)
     parts = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        first = max(0, before + start - window + 1)
+    for start, (first, last), block in zip(starts, seen, zip(*blocks, strict=True), strict=True):
+        stop = last - before
         key = torch.arange(first - before, stop, device=q.device)
         delta = torch.arange(start, stop, device=q.device)[:, None] - key
         visible = (delta >= 0) & (delta < window)
         if position is not None and first < before:
             visible = visible & (position[:, None] + key >= 0)[:, None, None]
-        last = before + stop
-        block = q[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last]
-        parts.append(F.scaled_dot_product_attention(*block, visible))
-    return torch.cat(parts, dim=2).transpose(1, 2)
+        parts.append(F.scaled_dot_product_attention(*block, visible).transpose(1, 2))
+    return torch.cat(parts, dim=1)
+
+
+def _windows(x: torch.Tensor, ranges: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    return _Windows.apply(x, ranges)  # type: ignore[no-any-return]
+
+
+class _Windows(torch.autograd.Function):
+    """The frames in each of the ranges, of `[B, H, S, D]`.
+
+    As slices, but the gradient of a slice is as long as S: their sum would take the square of the length.
+    """
+
+    @staticmethod
+    def forward(ctx, x, ranges):
+        ctx.shape, ctx.ranges = x.shape, ranges
+        return tuple(x[:, :, first:last] for first, last in ranges)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        total = grads[0].new_zeros(ctx.shape)
+        for (first, last), grad in zip(ctx.ranges, grads, strict=True):
+            total[:, :, first:last] += grad
+        return total, None
 
 
 def _masked(

@@ -95,8 +95,11 @@ class _SiLUGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        with compiling(ctx.compiled):
-            return _silu_gate_backward(*ctx.saved_tensors, grad)
+        (x,) = ctx.saved_tensors
+        if not ctx.compiled:
+            return _silu_gate_backward_in_place(x, grad)
+        with compiling(True):
+            return _silu_gate_backward(x, grad)
 
 
 @compiled_lazily
@@ -111,7 +114,7 @@ def _norm_backward(x: torch.Tensor, alpha: torch.Tensor, grad: torch.Tensor, eps
     wide, scaled = x.float(), grad.float() * alpha.float()
     inverse = torch.rsqrt(eps + torch.mean(wide * wide, dim=-1, keepdim=True))
     along = torch.mean(scaled * wide, dim=-1, keepdim=True)
-    return (inverse * (scaled - wide * (inverse**2 * along))).to(x.dtype)
+    return torch.addcmul(scaled, wide, inverse**2 * along, value=-1).mul_(inverse).to(x.dtype)
 
 
 @compiled_lazily
@@ -124,6 +127,19 @@ def _silu_gate(x: torch.Tensor) -> torch.Tensor:
 def _silu_gate_backward(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     left, right = x.chunk(2, dim=-1)
     return torch.cat((torch.ops.aten.silu_backward(grad * right, left), grad * F.silu(left)), dim=-1)
+
+
+def _silu_gate_backward_in_place(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """`_silu_gate_backward` operation by operation, in place: what is not compiled waits for memory."""
+    left, right = x.chunk(2, dim=-1)
+    left = left.contiguous()
+    found = torch.empty_like(x)
+    left_grad, right_grad = found.chunk(2, dim=-1)
+    part = F.silu(left)
+    torch.mul(part, grad, out=right_grad)
+    torch.mul(grad, right, out=part)
+    left_grad.copy_(torch.ops.aten.silu_backward.grad_input(part, left, grad_input=part))
+    return found
 
 
 def rotate(rope: RotaryEmbedding, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -140,13 +156,21 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x, cosine, sine, interleave):
         ctx.save_for_backward(cosine, sine)
         ctx.interleave, ctx.compiled = interleave, is_compiling()
-        return _rotate(x, cosine, sine, interleave)
+        return _turn(x, cosine, sine, interleave)
 
     @staticmethod
     def backward(ctx, grad):
         cosine, sine = ctx.saved_tensors
         with compiling(ctx.compiled):
-            return _rotate(grad, cosine, -sine, ctx.interleave), None, None, None
+            return _turn(grad, cosine, -sine, ctx.interleave), None, None, None
+
+
+def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleave: bool) -> torch.Tensor:
+    """`_rotate`; where it is not compiled as one complex product, of neighbours without steps over memory."""
+    if is_compiling() or not interleave:
+        return _rotate(x, cosine, sine, interleave)
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cosine, sine)).flatten(-2).to(x.dtype)
 
 
 @compiled_lazily

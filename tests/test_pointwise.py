@@ -7,7 +7,7 @@ from moshi.modules.transformer import RMSNorm, create_norm_fn
 from torch.nn import functional as F
 from training import ROOT, run_python
 
-from moshi_ttt.pointwise import gate, norm, rotate
+from moshi_ttt.pointwise import compiling, gate, norm, rotate
 
 
 @pytest.fixture
@@ -38,12 +38,14 @@ def test_only_the_norm_that_is_known_is_replaced():
         assert torch.equal(norm(other, x), other(x))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("activation", [F.silu, F.gelu])
-def test_the_gate_is_moshis(activation):
+def test_the_gate_is_moshis(activation, compiled):
     x = torch.randn(2, 5, 24, requires_grad=True)
     weight = torch.randn(2, 5, 12)
     expected = activation(x.view(2, 5, 2, 12)[..., 0, :]) * x.view(2, 5, 2, 12)[..., 1, :]
-    found = gate(x, activation)
+    with compiling(compiled):
+        found = gate(x, activation)
     assert torch.equal(found, expected)
     (one,), (other,) = (torch.autograd.grad((out * weight).sum(), [x]) for out in (found, expected))
     torch.testing.assert_close(one, other)
@@ -51,13 +53,15 @@ def test_the_gate_is_moshis(activation):
 
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_rotation_is_moshis(interleave, dtype):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_rotation_is_moshis(interleave, dtype, compiled):
     rope = RotaryEmbedding(interleave)
     q, k = (torch.randn(3, 7, 2, 8, dtype=dtype, requires_grad=True) for _ in range(2))
     weight = torch.randn(3, 7, 2, 8)
     position = torch.tensor([0, 5, 3000])
     expected = rope(q, k, position, time_before_heads=True)
-    found = rotate(rope, q, position), rotate(rope, k, position)
+    with compiling(compiled):
+        found = rotate(rope, q, position), rotate(rope, k, position)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
     pairs = [torch.autograd.grad(sum((o * weight).sum() for o in outs), [q, k]) for outs in (found, expected)]

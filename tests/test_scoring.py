@@ -12,9 +12,9 @@ from finetune.loss import LossModel, LossWeights, loss_sums, weighted_step_targe
 from finetune.plan import _IN_PLACE_FLOPS
 from finetune.scoring import loss_of_logits, weighted_nll_sum
 from finetune.speed import flops_per_frame
-from moshi_ttt.depformer import depformer_logits
+from moshi_ttt.depformer import Depformer
 from moshi_ttt.integration import set_activation_checkpointing
-from moshi_ttt.linear import linear, linear_per_step
+from moshi_ttt.linear import LinearPerStep, linear
 from moshi_ttt.lora import LoRAConfig, apply_lora_to_model, lora_modules
 from moshi_ttt.parameters import set_trainable
 from moshi_ttt.temporal import Running
@@ -91,11 +91,11 @@ def test_heads_of_a_split_model_are_the_same(build, perturb, random_codes, small
         {"depformer_layer_scale": 0.1, "bias_proj": True},
     ],
 )
-@pytest.mark.parametrize("lora", [True, False])
-def test_the_depformer_at_once_is_moshis_step_by_step(random_codes, settings, lora):
+@pytest.mark.parametrize("rank", [0, 4, 32])  # of 32, LoRA is merged
+def test_the_depformer_at_once_is_moshis_step_by_step(random_codes, settings, rank):
     model = LMModel(**(LM_CONFIG | settings), device="cpu", dtype=torch.float32)
-    if lora and not settings.get("bias_proj"):  # Moshi's LoRA has no bias
-        apply_lora_to_model(model, LORA)
+    if rank and not settings.get("bias_proj"):  # Moshi's LoRA has no bias
+        apply_lora_to_model(model, LoRAConfig(enable=True, rank=rank))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -104,7 +104,7 @@ def test_the_depformer_at_once_is_moshis_step_by_step(random_codes, settings, lo
     hidden = torch.randn(2, 9, model.dim, requires_grad=True)
     expected = model.forward_depformer_training(codes, hidden).transpose(0, 1).flatten(1, 2)
     frames = codes.transpose(1, 2).flatten(0, 1)
-    found = depformer_logits(model, frames, hidden.flatten(0, 1))
+    found = Depformer(model).logits(frames, hidden.flatten(0, 1))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max()))
     weight = torch.randn_like(expected)
     inputs = [hidden, *model.depformer.parameters(), *model.depformer_in.parameters()]
@@ -146,7 +146,7 @@ def test_the_base_product_is_not_run_again(build):
     out = checkpoint(block, x, use_reentrant=False)
     out.sum().backward()
     assert len(runs) == 2  # asked for twice, and stopped before its product
-    assert linear_per_step([module], None, x).shape == out.shape
+    assert LinearPerStep([module], range(3))(x).shape == out.shape
 
 
 def test_logits_become_float32_in_parts(monkeypatch):
