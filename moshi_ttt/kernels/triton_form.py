@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from moshi_ttt.dual_form import differentiable, unpacked
 from moshi_ttt.inner_weights import InnerWeights
+from moshi_ttt.kernels.linear_scan import LinearGroup
 from moshi_ttt.kernels.mlp_scan import MLPGroup
 from moshi_ttt.kernels.packing import MiniBatches, by_mini_batch, in_sequence, packed, unpacked_layers
 from moshi_ttt.kernels.scan import Group, Launch, Sizes, Sums, fitting
@@ -24,6 +25,7 @@ class Sequence:
         bound = rules.bound
         heads = nets if bound is None else bound.center.weights[0].shape[0]
         self.rules = rules
+        self.kind = LinearGroup if len(state.weights) == 1 else MLPGroup
         self.launch = launch or fitting(tokens.q.device)
         size, hidden = rules.scale.shape[0], state.weights[0].shape[2]
         rows = max(self.launch.rows, 1 << (size - 1).bit_length())
@@ -35,7 +37,7 @@ class Sequence:
     def group(self, index: int) -> Group:
         first, count = self.runs[index]
         last = min(self.sizes.size, self.sizes.length - (first + count - 1) * self.sizes.size)
-        return MLPGroup(self.sizes, self.tokens.part(first, count), self.rules, last, self.launch)
+        return self.kind(self.sizes, self.tokens.part(first, count), self.rules, last, self.launch)
 
     def in_sequence(self, x: torch.Tensor) -> torch.Tensor:
         return in_sequence(x, self.sizes.size, self.sizes.length)
