@@ -93,8 +93,9 @@ class TTTConfig:
 
     kernel: str = "auto"
     """What computes the inner loop of training and of whole mini-batches: "eager" (torch operations),
-    "triton" (fused kernels for a GPU, ttt_mlp of two layers), "native" (C++ for the CPU, compiled by g++ when
-    first used), or "auto": the fastest that can run."""
+    "triton" (fused kernels for a GPU, ttt_linear and ttt_mlp of two layers), "native" (C++ for the CPU,
+    compiled by g++ when first used), or "auto": the fastest that can run, and on a GPU has been tried there,
+    which those of ttt_linear have not. Single frames of a stream of ttt_linear have no Triton kernels."""
 
     scan_checkpoint_group_size: int = 16
     """Mini-batches whose inner activations the backward pass makes again together: more of them take more

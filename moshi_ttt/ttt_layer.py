@@ -19,7 +19,7 @@ from moshi_ttt.inner_loop import fold_finished, inner_loop, inner_step, step_sca
 from moshi_ttt.inner_network import LAYER_NORM_EPS, InnerNorm, layer_norm
 from moshi_ttt.inner_tokens import InnerTokens
 from moshi_ttt.inner_weights import InnerBound, InnerWeights
-from moshi_ttt.kernels.choice import use_triton
+from moshi_ttt.kernels.choice import steps_in_triton
 from moshi_ttt.pending import PendingUpdates
 from moshi_ttt.projection import Projection
 from moshi_ttt.ttt_state import TTTState
@@ -322,7 +322,7 @@ class TTTBase(Float32Module, StreamingModule[TTTState]):
 
     def _steps_in_kernels(self, state: TTTState) -> bool:
         # They give no InnerTokens to look at.
-        return self.observer is None and use_triton(self.kernel, state.inner, self.mini_batch_size)
+        return self.observer is None and steps_in_triton(self.kernel, state.inner, self.mini_batch_size)
 
     def _fused_step(self, x: torch.Tensor, state: TTTState) -> torch.Tensor:
         """The same in GPU kernels made for it."""

@@ -54,18 +54,19 @@ def test_a_stream_is_timed_and_its_state_stays(base):
     assert over["grown_bytes"] == 0
 
 
-def test_the_inner_loop_is_compared_before_it_is_timed(monkeypatch, tmp_path):
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_inner_loop_is_compared_before_it_is_timed(monkeypatch, tmp_path, layers):
     for name, value in {"WIDTH": 16, "HIDDEN": 64, "FRAMES": 24}.items():
         monkeypatch.setattr(inner_scan, name, value)
     results = Results(tmp_path / "entries.json", "cpu")
-    inner_scan.report(results, 2, 3, 8, torch.device("cpu"))
+    inner_scan.report(results, 2, 3, 8, torch.device("cpu"), layers)
     (entry,) = json.loads((tmp_path / "entries.json").read_text())["entries"]
     assert entry["largest_relative_difference"] < 1e-5
     assert entry["ratio"] == pytest.approx(entry["against"] / entry["ours"], abs=0.01)
     assert {"name", "ratio", "goal", "unit", "ours", "against", "against_what", "device"} <= entry.keys()
     monkeypatch.setattr(inner_scan.Problem, "eager", lambda self: 1.1 * self.ours())
     with pytest.raises(AssertionError):
-        inner_scan.report(results, 2, 3, 8, torch.device("cpu"))
+        inner_scan.report(results, 2, 3, 8, torch.device("cpu"), layers)
 
 
 def test_entries_of_one_name_are_replaced_and_shown_against_their_goal(tmp_path):

@@ -18,12 +18,15 @@ FRAMES, LONG = 1250, 7500
 GROUP = 16
 # Batch rows, heads, mini-batch.
 SIZES = ((1, 32, 16), (1, 8, 16), (16, 32, 16), (16, 8, 16), (1, 32, 64), (16, 32, 64))
+LINEAR_SIZES = ((1, 32, 16), (16, 32, 16), (16, 32, 64))
 
 
 class Problem:
-    """Inputs of a TTT-MLP's inner loop: `nets` = batch rows x heads."""
+    """Inputs of an inner loop: `nets` = batch rows x heads; of `layers` inner layers, 1 (TTT-Linear) or 2."""
 
-    def __init__(self, nets: int, heads: int, frames: int, mini_batch: int, device: torch.device):
+    def __init__(
+        self, nets: int, heads: int, frames: int, mini_batch: int, device: torch.device, layers: int = 2
+    ):
         def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (scale * torch.randn(*shape, device=device)).requires_grad_()
 
@@ -31,8 +34,13 @@ class Problem:
         self.k = F.normalize(torch.randn(nets, frames, WIDTH, device=device), dim=-1).requires_grad_()
         self.target = draw(nets, frames, WIDTH)
         self.lr = (8.0 / WIDTH * torch.rand(nets, frames, device=device)).requires_grad_()
-        learned = [draw(heads, WIDTH, HIDDEN), draw(heads, HIDDEN, WIDTH, scale=HIDDEN**-0.5)]
-        biases = [draw(heads, 1, HIDDEN, scale=0.01), draw(heads, 1, WIDTH, scale=0.01)]
+        # Asked for: `auto` takes only what has been tried.
+        self.kernel = "triton" if layers == 1 and device.type == "cuda" else "auto"
+        if layers == 1:
+            learned, biases = [draw(heads, WIDTH, WIDTH, scale=0.02)], [draw(heads, 1, WIDTH, scale=0.01)]
+        else:
+            learned = [draw(heads, WIDTH, HIDDEN), draw(heads, HIDDEN, WIDTH, scale=HIDDEN**-0.5)]
+            biases = [draw(heads, 1, HIDDEN, scale=0.01), draw(heads, 1, WIDTH, scale=0.01)]
         self.learned = [*learned, *biases]
         rows = nets // heads
         self.state = InnerWeights(
@@ -43,14 +51,13 @@ class Problem:
         )
         self.scale = step_scale(1.0 / torch.arange(1, mini_batch + 1, device=device))
         # As `TTTConfig.max_inner_change` has it by default.
-        self.bound = InnerBound(
-            InnerWeights(tuple(learned), tuple(biases)), (3.0 * (WIDTH * HIDDEN) ** 0.5, 3.0 * WIDTH**0.5)
-        )
+        radii = (3.0 * WIDTH,) if layers == 1 else (3.0 * (WIDTH * HIDDEN) ** 0.5, 3.0 * WIDTH**0.5)
+        self.bound = InnerBound(InnerWeights(tuple(learned), tuple(biases)), radii)
         self.weight = torch.randn(nets, frames, WIDTH, device=device)
 
     def ours(self) -> torch.Tensor:
         arguments = (self.q, self.k, self.target, self.lr, self.state, self.norm, self.scale, GROUP)
-        return inner_loop(*arguments, self.bound)[0]
+        return inner_loop(*arguments, self.bound, self.kernel)[0]
 
     def eager(self) -> torch.Tensor:
         tokens = Tokens(self.q, self.k, self.target, self.lr)
@@ -61,8 +68,10 @@ class Problem:
         return torch.autograd.grad(forward(), leaves, self.weight, retain_graph=True)
 
 
-def report(results: Results, rows: int, heads: int, mini_batch: int, device: torch.device) -> None:
-    problem = Problem(rows * heads, heads, FRAMES, mini_batch, device)
+def report(
+    results: Results, rows: int, heads: int, mini_batch: int, device: torch.device, layers: int = 2
+) -> None:
+    problem = Problem(rows * heads, heads, FRAMES, mini_batch, device, layers)
     pairs = zip(problem.gradients(problem.ours), problem.gradients(problem.eager), strict=True)
     errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
     assert max(errors) < 1e-2, errors  # a wrong result is not worth timing
@@ -74,8 +83,9 @@ def report(results: Results, rows: int, heads: int, mini_batch: int, device: tor
     forward = {"ours": problem.ours, "eager": problem.eager}
     with torch.no_grad():
         forward_ms = {name: 1e3 * s for name, s in interleaved(forward, device, 5).items()}
+    of_linear = "" if layers == 2 else " of TTT-Linear"
     results.add(
-        f"inner loop, batch {rows}, {heads} heads, mini-batch {mini_batch}, {FRAMES} frames",
+        f"inner loop{of_linear}, batch {rows}, {heads} heads, mini-batch {mini_batch}, {FRAMES} frames",
         ms["ours"],
         ms["eager"],
         "the eager scan (dual_form)",
@@ -109,5 +119,7 @@ def run(results: Results) -> None:
     torch.manual_seed(0)
     for rows, heads, mini_batch in SIZES:
         report(results, rows, heads, mini_batch, device)
+    for rows, heads, mini_batch in LINEAR_SIZES:
+        report(results, rows, heads, mini_batch, device, layers=1)
     for heads in (8, 32):
         report_memory(results, heads, device)

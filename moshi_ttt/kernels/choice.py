@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "eager", "native", "triton")
 _WIDTHS = (16, 32, 64, 128)
-# Widths at which training's scan has been run on a GPU (an H100) and was right; others must be asked for.
-_TRIED_SCAN_WIDTHS = (128,)
+# Inner layers and widths whose scan has been run on a GPU (an H100) and was right; others must be asked for.
+_TRIED_SCANS = ((2, 128),)
 _MOST_TOKENS = 64
 _forced: str | None = None
 
@@ -30,14 +30,14 @@ def refusal(weights: InnerWeights, mini_batch_size: int) -> str | None:
     first = weights.weights[0]
     if first.dtype != torch.float32:
         return f"they work in float32, not {first.dtype}"
-    if len(weights.weights) != 2:
-        return f"they are written for an inner MLP of two layers, not for {len(weights.weights)}"
-    _, width, hidden = first.shape
-    if width not in _WIDTHS or hidden != 4 * width:
-        return (
-            f"they need heads of {', '.join(map(str, _WIDTHS))} and a hidden width of 4 times that; "
-            f"got {width} and {hidden}"
-        )
+    layers, (_, width, outputs) = len(weights.weights), first.shape
+    if layers > 2:
+        return f"they are written for one or two inner layers, not for {layers}"
+    needed = f"they need heads of {', '.join(map(str, _WIDTHS))}"
+    if layers == 1 and (width not in _WIDTHS or outputs != width):
+        return f"{needed}; got {width} and outputs of {outputs}"
+    if layers == 2 and (width not in _WIDTHS or outputs != 4 * width):
+        return f"{needed} and a hidden width of 4 times that; got {width} and {outputs}"
     if mini_batch_size > _MOST_TOKENS:
         return f"they take mini-batches of at most {_MOST_TOKENS} tokens, not {mini_batch_size}"
     return None
@@ -54,7 +54,8 @@ def scan_kernel(asked: str, weights: InnerWeights, mini_batch_size: int) -> str:
     """
     if use_native(asked, weights):
         return "native"
-    if (_forced or asked) == "auto" and weights.weights[0].shape[1] not in _TRIED_SCAN_WIDTHS:
+    kind = len(weights.weights), weights.weights[0].shape[1]
+    if (_forced or asked) == "auto" and kind not in _TRIED_SCANS:
         return "eager"
     return "triton" if use_triton(asked, weights, mini_batch_size) else "eager"
 
@@ -97,6 +98,17 @@ def use_triton(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
             f"ttt.kernel=triton, but the Triton kernels cannot run this: {reason}; use ttt.kernel=auto"
         )
     return reason is None
+
+
+def steps_in_triton(asked: str, weights: InnerWeights, mini_batch_size: int) -> bool:
+    """Whether single tokens of a stream run in Triton kernels; those are for TTT-MLP of two layers alone.
+
+    With one layer what was asked for is the scan: its streams run in torch's operations.
+
+    Raises:
+        ValueError: the kernels were asked for and can run neither scan nor steps.
+    """
+    return use_triton(asked, weights, mini_batch_size) and len(weights.weights) == 2
 
 
 @contextmanager

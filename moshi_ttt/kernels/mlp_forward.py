@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from moshi_ttt.kernels.parts import (
+    bound_factor,
     gelu,
     gelu_first,
     load_again,
@@ -34,14 +35,11 @@ from moshi_ttt.kernels.parts import (
 
 @triton.jit
 def _factor(squares, radius, J: tl.constexpr):
-    """By how much a layer is drawn back to its center: radius / |change| where that is below 1, else 1.
-
-    A change that is not a number is not outside: it stays to be seen.
-    """
+    """By how much a layer is drawn back to its center."""
     square = 0.0
     for part in tl.static_range(J):  # pyright: ignore[reportGeneralTypeIssues]
         square += tl.load(squares + 2 * part)
-    return tl.where(square > radius * radius, radius * tl.rsqrt(square), 1.0)
+    return bound_factor(square, radius)
 
 
 @triton.jit

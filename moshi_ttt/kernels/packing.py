@@ -10,15 +10,19 @@ from moshi_ttt.mini_batches import Tokens
 
 
 def packed(weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """W1^T, b1, W2, b2 of every net, one after the other, `[N, SIZE]`."""
-    first, second = weights
-    parts = (first.transpose(1, 2), biases[0], second, biases[1])
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
+    """W and b of one layer, or W1^T, b1, W2, b2, of every net, one after the other, `[N, SIZE]`."""
+    if len(weights) == 2:
+        weights = weights[0].transpose(1, 2), weights[1]
+    pairs = zip(weights, biases, strict=True)
+    return torch.cat([part.flatten(1) for pair in pairs for part in pair], dim=1)
 
 
 def unpacked_layers(state: torch.Tensor, like: InnerWeights) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Weights and biases of `packed`, contiguous."""
     width, hidden = like.weights[0].shape[1:]
+    if len(like.weights) == 1:
+        weight, bias = state.split([width * width, width], dim=1)
+        return [weight.unflatten(1, (width, width)).contiguous()], [bias[:, None].contiguous()]
     first, bias1, second, bias2 = state.split([width * hidden, hidden, hidden * width, width], dim=1)
     weights = [
         first.unflatten(1, (hidden, width)).transpose(1, 2).contiguous(),

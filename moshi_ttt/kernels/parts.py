@@ -1,4 +1,4 @@
-"""What the kernels of the inner loop share: loads, products, GELU and LayerNorm with their derivatives."""
+"""What the kernels of the inner loop share: loads, products, bound, GELU, LayerNorm and their derivatives."""
 
 import triton
 import triton.language as tl
@@ -45,6 +45,15 @@ def sum_of_parts(base, rows, columns, width, stride, count: tl.constexpr):
     for part in tl.static_range(1, count):
         total += load_block(base + part * stride, rows, columns, width)
     return total
+
+
+@triton.jit
+def bound_factor(square, radius):
+    """By how much weights are drawn back to their center: radius / |change| where that is below 1, else 1.
+
+    A change that is not a number is not outside: it stays to be seen.
+    """
+    return tl.where(square > radius * radius, radius * tl.rsqrt(square), 1.0)
 
 
 @triton.jit

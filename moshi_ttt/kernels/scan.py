@@ -1,9 +1,10 @@
-"""The scan over mini-batches by the Triton kernels, group by group, forward and back.
+"""The scan over mini-batches by the Triton kernels, group by group, forward and back: what all of them share.
 
-Kernels do what passes over the inner weights; what is done for all mini-batches of a group alike, before or
-after them, are batched operations of torch.
+Kernels do what passes over the inner weights (`mlp_scan.py`, `linear_scan.py`); what is done for all
+mini-batches of a group alike, before or after them, are batched operations of torch.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,6 @@ import torch
 from torch.nn import functional as F
 
 from moshi_ttt.inner_network import LAYER_NORM_EPS
-from moshi_ttt.kernels.mlp_backward import into_weights, through_answers
-from moshi_ttt.kernels.mlp_forward import answer, learn
 from moshi_ttt.kernels.packing import MiniBatches, packed
 from moshi_ttt.mini_batches import Rules
 
@@ -23,7 +22,7 @@ class Launch:
 
     Args:
         rows: a mini-batch is filled up to so many, a power of 2 of at least 16, Triton's least.
-        block: hidden units of a program.
+        block: hidden units of a program; with one inner layer, rows of the weights worked on at once.
         warps: warps of a program.
     """
 
@@ -75,7 +74,7 @@ def precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-class Group:
+class Group(ABC):
     """Some mini-batches of a sequence, what the kernels need of them, and what they leave.
 
     Args:
@@ -89,7 +88,6 @@ class Group:
     def __init__(self, sizes: Sizes, tokens: MiniBatches, rules: Rules, last: int, launch: Launch):
         self.sizes, self.tokens, self.rules, self.launch = sizes, tokens, rules, launch
         self.count = tokens.q.shape[0]
-        self.blocks = max(1, sizes.hidden // launch.block)
         missing = sizes.rows - sizes.size
         self.scale = F.pad(rules.scale, (0, missing, 0, missing))  # [R, R]
         lengths = torch.full((self.count,), sizes.size, device=tokens.q.device)
@@ -98,7 +96,6 @@ class Group:
         self.eta = self.scale * tokens.lr[:, :, None, :]  # [M, N, R, R]
         self.step = (self.scale[self.last_row][:, None] * tokens.lr).contiguous()  # [M, N, R]
         self.ones1 = tokens.q @ tokens.k.transpose(2, 3) + 1
-        self.seen = self.eta * self.ones1
         bound = rules.bound
         # The type says Any: what follows these in a call is, to the type checker, more of them.
         self.radii: Any = (1.0, 1.0) if bound is None else bound.radii
@@ -108,75 +105,75 @@ class Group:
     def empty(self, *shape: int) -> torch.Tensor:
         return self.tokens.q.new_empty(shape)
 
-    def parts(self, *shape: int) -> torch.Tensor:
-        """Room for what each block gives to a sum, `[M, N, J, ...]`."""
-        return self.empty(self.count, self.sizes.nets, self.blocks, *shape)
-
-    def _constants(self) -> dict[str, Any]:
+    def constants(self) -> dict[str, Any]:
+        """What all kernels are compiled for."""
         return {
             "KP": self.sizes.rows,
             "D": self.sizes.width,
-            "F": self.sizes.hidden,
-            "BF": self.sizes.hidden // self.blocks,
             "BOUND": self.rules.bound is not None,
             "P": precision(),
             "num_warps": self.launch.warps,
             "num_stages": 1,
         }
 
+    @abstractmethod
     def forward(self, states: torch.Tensor, keep: bool) -> "Kept":
         """Run the mini-batches from `states[0]`.
 
         With `keep`, the weights after mini-batch i go to `states[i + 1]`; without, they are changed in place.
         """
-        sizes, tokens, norm = self.sizes, self.tokens, self.rules.norm
-        nets, rows, width, hidden = sizes.nets, sizes.rows, sizes.width, sizes.hidden
-        trace = self.empty(self.count, nets, rows * (3 * hidden + 2 * width))
-        answers, overlaps = self.parts(rows, width), self.parts(rows, rows)
-        factors = self.empty(states.shape[0], nets, 2)
-        outputs, squares = self.empty(nets, self.blocks, rows, width), self.empty(nets, self.blocks, 2)
-        grid, constants = (nets, self.blocks), self._constants()
-
-        def keys(slot: int, index: int, has_changed: int) -> None:
-            of_net = tokens.k, states, self.center, squares, factors, trace, outputs
-            where = nets, sizes.heads, slot, index, has_changed
-            learn[grid](*of_net, *where, *self.radii, **constants)
-
-        read = (tokens.q, tokens.k, tokens.target, self.seen, self.step, norm.weight, norm.bias)
-        for i in range(self.count):
-            slot, following = (i, i + 1) if keep else (0, 0)
-            keys(slot, i, int(i > 0))
-            written = states, self.center, squares, trace, outputs, answers, overlaps
-            answer[grid](*read, *written, nets, sizes.heads, slot, following, i, **constants)
-        if self.rules.bound is not None:
-            keys(self.count if keep else 0, -1, 1)
-        wide = trace[..., 3 * rows * hidden :].unflatten(2, (2, rows, width))
-        g2, ones2 = wide[:, :, 1], overlaps.sum(2) + 1
-        return Kept(states, trace, factors, g2, ones2, answers.sum(2) - (self.eta * ones2) @ g2)
 
     def outputs(self, kept: "Kept") -> torch.Tensor:
         """`q + LN(answers)`, `[M, N, R, D]`."""
         normed = F.layer_norm(kept.answers, kept.answers.shape[-1:], eps=LAYER_NORM_EPS)
         return self.tokens.q + torch.addcmul(self.rules.norm.bias, normed, self.rules.norm.weight)
 
+    def sums(self, d_state: torch.Tensor, end: torch.Tensor | None) -> "Sums":
+        """What a backward pass that begins with this group, the last one, adds to.
+
+        Args:
+            d_state: gradient of the last weights `[N, SIZE]`, changed in place from here on.
+            end: the last weights `[N, SIZE]`; None without a bound.
+        """
+        norm = self.rules.norm
+        return Sums(
+            state=d_state,
+            center=d_state if end is None else torch.zeros_like(d_state),
+            alongs=d_state.new_empty(0),
+            norm_weight=torch.zeros_like(norm.weight),
+            norm_bias=torch.zeros_like(norm.bias),
+            scale=torch.zeros_like(self.scale),
+            target=d_state.new_empty(0),
+        )
+
     def backward(self, kept: "Kept", d_out: torch.Tensor, d: "Sums") -> MiniBatches:
         """Gradients of the tokens from those of the outputs `[M, N, R, D]`; the rest is added to `d`."""
-        normed, d_answer2 = self._through_output(kept.answers, d_out)
+        normed, d_answers = self._through_output(kept.answers, d_out)
         d.norm_weight += (d_out * normed).sum((0, 2))[:, None]
         d.norm_bias += d_out.sum((0, 2))[:, None]
-        d_steps2 = -(d_answer2 @ kept.g2.transpose(2, 3))
-        d_g2_base = -((kept.ones2 * self.eta).transpose(2, 3) @ d_answer2)
-        found = self._launch_backward(kept, d, d_answer2, d_steps2 * self.eta, d_g2_base)
-        d_q, d_k, d_steps1, d_last = (part.sum(2) for part in found)
-
-        d_eta = d_steps2 * kept.ones2 + d_steps1 * self.ones1
+        # The last layer's answers are x W + b - (eta * (x X^T + 1)) G.
+        d_steps = -(d_answers @ kept.g.transpose(2, 3))
+        d_g = -((kept.ones * self.eta).transpose(2, 3) @ d_answers)
+        found = self._through_layers(kept, d, d_answers, d_steps, d_g)
         index = self.last_row[:, None, None, None].expand(-1, self.sizes.nets, 1, self.sizes.rows)
-        d_eta.scatter_add_(2, index, d_last[:, :, None])
-        d_products1 = d_steps1 * self.eta
-        d_q += d_products1 @ self.tokens.k + d_out
-        d_k += d_products1.transpose(2, 3) @ self.tokens.q
+        d_eta = found.eta.scatter_add_(2, index, found.last[:, :, None])
+        d_products1 = found.steps1 * self.eta
+        d_q = found.q + d_products1 @ self.tokens.k + d_out
+        d_k = found.k + d_products1.transpose(2, 3) @ self.tokens.q
         d.scale += (d_eta * self.tokens.lr[:, :, None, :]).sum((0, 1))
         return MiniBatches(d_q, d_k, d.target, (d_eta * self.scale).sum(2))
+
+    @abstractmethod
+    def _through_layers(
+        self, kept: "Kept", d: "Sums", d_answers: torch.Tensor, d_steps: torch.Tensor, d_g: torch.Tensor
+    ) -> "Found":
+        """Through the layers and the weights of all mini-batches, last to first.
+
+        Args:
+            d_answers: at the last layer's answers, `[M, N, R, D]`.
+            d_steps: at its `eta * (x X^T + 1)`, `[M, N, R, R]`.
+            d_g: at its G, as far as the answers read it, `[M, N, R, D]`.
+        """
 
     def _through_output(
         self, answers: torch.Tensor, d_out: torch.Tensor
@@ -189,39 +186,6 @@ class Group:
         )[0]
         return normed, d_answers
 
-    def _launch_backward(
-        self,
-        kept: "Kept",
-        d: "Sums",
-        d_answer2: torch.Tensor,
-        d_products2: torch.Tensor,
-        d_g2_base: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        """What blocks give to dq, dk, the first layer's dsteps and deta's last row, `[M, N, J, ...]`."""
-        sizes, tokens, norm = self.sizes, self.tokens, self.rules.norm
-        nets, rows, width = sizes.nets, sizes.rows, sizes.width
-        d_q, d_k = self.parts(rows, width), self.parts(rows, width)
-        d_steps1, d_last = self.parts(rows, rows), self.parts(rows)
-        d_g2, scratch = self.empty(nets, self.blocks, rows, width), self.empty(nets, 4 * rows * sizes.hidden)
-        d.target = torch.empty_like(tokens.target)
-        d_gamma, d_beta = self.empty(self.count, nets, width), self.empty(self.count, nets, width)
-        grid, constants = (nets, self.blocks), self._constants()
-        of_net = kept.states, self.center, kept.trace
-        for i in reversed(range(self.count)):
-            through_answers[grid](
-                tokens.q, tokens.k, self.seen, self.step, *of_net, kept.factors, d.alongs, d_answer2,
-                d_products2, d.state, d.center, d_q, d_k, d_steps1, d_last, d_g2, scratch,
-                nets, sizes.heads, i, *self.radii, **constants,
-            )  # fmt: skip
-            into_weights[grid](
-                tokens.q, tokens.k, tokens.target, norm.weight, norm.bias, *of_net, d.alongs, d_answer2,
-                d_g2_base, d_g2, scratch, d.state, d_k, d.target, d_gamma, d_beta,
-                nets, sizes.heads, i, **constants,
-            )  # fmt: skip
-        d.norm_weight += d_gamma.sum(0)[:, None]
-        d.norm_bias += d_beta.sum(0)[:, None]
-        return d_q, d_k, d_steps1, d_last
-
 
 @dataclass
 class Kept:
@@ -229,19 +193,37 @@ class Kept:
 
     Args:
         states: `[M + 1, N, SIZE]`; `[1, N, SIZE]` where they were changed in place: no way back.
-        trace: see `moshi_ttt.kernels.mlp_forward`.
-        factors: of the bound, for each state.
-        g2: `[M, N, R, D]`.
-        ones2: X2 of queries times X2 of keys, and 1, `[M, N, R, R]`.
-        answers: Z2 of the queries, `[M, N, R, D]`.
+        trace: what the kernels wrote down for their way back.
+        factors: of the bound, for each state that it was applied to.
+        g: G of the last layer, `[M, N, R, D]`.
+        ones: X of queries times X of keys in the last layer, and 1, `[M, N, R, R]`.
+        answers: Z of the queries in the last layer, `[M, N, R, D]`.
     """
 
     states: torch.Tensor
     trace: torch.Tensor
     factors: torch.Tensor
-    g2: torch.Tensor
-    ones2: torch.Tensor
+    g: torch.Tensor
+    ones: torch.Tensor
     answers: torch.Tensor
+
+
+@dataclass
+class Found:
+    """Gradients of a group that the way through its layers gives.
+
+    Args:
+        q, k: without what the first layer's `x X^T + 1` gives them, `[M, N, R, D]`.
+        steps1: at the first layer's `eta * (x X^T + 1)`, `[M, N, R, R]`.
+        eta: at the step sizes, as far as the answers read them, `[M, N, R, R]`.
+        last: at those that the weights after a mini-batch are made with, `[M, N, R]`.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    steps1: torch.Tensor
+    eta: torch.Tensor
+    last: torch.Tensor
 
 
 @dataclass
@@ -251,7 +233,7 @@ class Sums:
     Args:
         state: gradient of the weights that the group ended with, changed in place, `[N, SIZE]`.
         center: of the bound's center for each net `[N, SIZE]`; `state`, and not written, without a bound.
-        alongs: (W - center) . dW of either layer, in parts `[N, J, 2]`.
+        alongs: of TTT-MLP, (W - center) . dW of either layer, in parts `[N, J, 2]`.
         norm_weight, norm_bias: `[N, 1, D]`.
         scale: `[R, R]`.
         target: of the group that is being worked on.

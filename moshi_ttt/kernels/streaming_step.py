@@ -58,7 +58,7 @@ def fused_step(
         q, k, v: what the projections gave, `[B, 1, H * D]`.
         x: their input, `[B, 1, C]`.
         rules: of the layer.
-        state: of sizes that `kernels.choice` does not refuse.
+        state: of sizes for which `kernels.choice.steps_in_triton` holds.
     Returns:
         `[B, 1, H * D]` in the dtype of q.
     """

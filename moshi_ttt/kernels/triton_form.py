@@ -1,4 +1,4 @@
-"""The inner loop of TTT-MLP by Triton kernels: one differentiable function, in the place of `DualForm`."""
+"""The inner loop by Triton kernels: one differentiable function, in the place of `DualForm`."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from torch.autograd.function import once_differentiable
 
 from moshi_ttt.dual_form import differentiable, unpacked
 from moshi_ttt.inner_weights import InnerWeights
+from moshi_ttt.kernels.linear_scan import LinearGroup
+from moshi_ttt.kernels.mlp_scan import MLPGroup
 from moshi_ttt.kernels.packing import MiniBatches, by_mini_batch, in_sequence, packed, unpacked_layers
 from moshi_ttt.kernels.scan import Group, Launch, Sizes, Sums, fitting
 from moshi_ttt.mini_batches import Rules, Tokens
@@ -23,6 +25,7 @@ class Sequence:
         bound = rules.bound
         heads = nets if bound is None else bound.center.weights[0].shape[0]
         self.rules = rules
+        self.kind = LinearGroup if len(state.weights) == 1 else MLPGroup
         self.launch = launch or fitting(tokens.q.device)
         size, hidden = rules.scale.shape[0], state.weights[0].shape[2]
         rows = max(self.launch.rows, 1 << (size - 1).bit_length())
@@ -34,7 +37,7 @@ class Sequence:
     def group(self, index: int) -> Group:
         first, count = self.runs[index]
         last = min(self.sizes.size, self.sizes.length - (first + count - 1) * self.sizes.size)
-        return Group(self.sizes, self.tokens.part(first, count), self.rules, last, self.launch)
+        return self.kind(self.sizes, self.tokens.part(first, count), self.rules, last, self.launch)
 
     def in_sequence(self, x: torch.Tensor) -> torch.Tensor:
         return in_sequence(x, self.sizes.size, self.sizes.length)
@@ -82,7 +85,8 @@ class TritonForm(torch.autograd.Function):
         tokens, state, rules = unpacked(ctx.saved_tensors, ctx.radii, None)
         sequence = Sequence(tokens, state, rules, ctx.group_size)
         d_outs = by_mini_batch(d_out, sequence.sizes.size, sequence.sizes.rows)
-        d = _sums(sequence, packed(d_state[:2], d_state[2:]), ctx.end)
+        depth = len(state.weights)
+        d = sequence.group(len(sequence.runs) - 1).sums(packed(d_state[:depth], d_state[depth:]), ctx.end)
         found = []
         for index, (first, count) in reversed(list(enumerate(sequence.runs))):
             part = sequence.group(index)
@@ -106,26 +110,6 @@ def _slots(start: torch.Tensor, count: int) -> torch.Tensor:
     states = start.new_empty(count + 1, *start.shape)
     states[0] = start
     return states
-
-
-def _sums(sequence: Sequence, d_state: torch.Tensor, end: torch.Tensor | None) -> Sums:
-    part = sequence.group(len(sequence.runs) - 1)
-    alongs = d_state.new_zeros(part.sizes.nets, part.blocks, 2)
-    if end is not None:
-        change = end.unflatten(0, (-1, part.sizes.heads)) - part.center
-        along = change.flatten(0, 1) * d_state
-        first = part.sizes.hidden * (part.sizes.width + 1)
-        alongs[:, 0, 0], alongs[:, 0, 1] = along[:, :first].sum(1), along[:, first:].sum(1)
-    norm = sequence.rules.norm
-    return Sums(
-        state=d_state,
-        center=d_state if end is None else torch.zeros_like(d_state),
-        alongs=alongs,
-        norm_weight=torch.zeros_like(norm.weight),
-        norm_bias=torch.zeros_like(norm.bias),
-        scale=torch.zeros_like(part.scale),
-        target=d_state.new_empty(0),
-    )
 
 
 def _of_center(sequence: Sequence, d: Sums, like: InnerWeights) -> list[torch.Tensor]:

@@ -20,7 +20,11 @@ from moshi_ttt.reference import reference_inner_loop
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of an inner loop: nets, tokens, head width, inner layers, mini-batch, recomputed group."""
+    """Sizes of an inner loop: nets, tokens, head width, inner layers, mini-batch, recomputed group.
+
+    Args:
+        kernel: is asked for.
+    """
 
     nets: int
     frames: int
@@ -29,6 +33,7 @@ class Size:
     mini_batch: int = 16
     group: int = 16
     bounded: bool = False
+    kernel: str = "auto"
 
 
 SIZES = [
@@ -40,6 +45,13 @@ SIZES = [
     Size(2, 70, 64, depth=1, mini_batch=8),
     Size(2, 70, 64, depth=3, group=0),
     Size(64, 96, 128, group=2),
+    Size(2, 37, 16, depth=1, mini_batch=4, group=2, kernel="triton"),
+    Size(3, 53, 32, depth=1, kernel="triton"),
+    Size(2, 70, 64, depth=1, mini_batch=8, bounded=True, kernel="triton"),
+    Size(4, 200, 128, depth=1, kernel="triton"),
+    Size(4, 150, 128, depth=1, mini_batch=64, group=1, kernel="triton"),
+    Size(4, 100, 128, depth=1, group=0, bounded=True, kernel="triton"),
+    Size(200, 96, 128, depth=1, group=2, kernel="triton"),
 ]
 
 
@@ -91,7 +103,8 @@ def arguments(v, size: Size):
     if size.bounded:
         center = InnerWeights(tuple(v["center"][:depth]), tuple(v["center"][depth:]))
         radius = 0.6 * size.width
-        bound = InnerBound(center, (radius * 2, size.width**0.5 * 0.75))
+        radii = (radius,) if depth == 1 else (radius * 2, size.width**0.5 * 0.75)
+        bound = InnerBound(center, radii)
     state = InnerWeights(tuple(v["weights"]), tuple(v["biases"]))
     return state, InnerNorm(*v["norm"]), step_scale(v["scale"][0]), bound
 
@@ -99,9 +112,8 @@ def arguments(v, size: Size):
 def run_inner_loop(v, size: Size):
     """As layers call it."""
     state, norm, scale, bound = arguments(v, size)
-    out, end = inner_loop(
-        v["q"][0], v["k"][0], v["target"][0], v["lr"][0], state, norm, scale, size.group, bound
-    )
+    tokens = v["q"][0], v["k"][0], v["target"][0], v["lr"][0]
+    out, end = inner_loop(*tokens, state, norm, scale, size.group, bound, size.kernel)
     return [out, *end.weights, *end.biases]
 
 
@@ -165,6 +177,8 @@ def test_outputs_weights_and_gradients_of_the_inner_loop_are_those_of_the_naive_
     compare(size, run_dual_form, 2e-5)
 
 
-@pytest.mark.parametrize("size", [SIZES[0], Size(2, 39, 64)], ids=str)
+@pytest.mark.parametrize(
+    "size", [SIZES[0], Size(2, 39, 64), Size(2, 39, 64, depth=1, kernel="triton")], ids=str
+)
 def test_outputs_weights_and_gradients_of_the_inner_loop_are_those_of_the_reference(size):
     compare(size, run_reference, 2e-5)
