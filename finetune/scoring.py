@@ -18,7 +18,6 @@ from moshi_ttt.linear import linear
 # Frames taken at a time: 0.25 GiB of text logits in float32; about 4 GiB of a 7B's depformer in bfloat16.
 TEXT_FRAMES = 2048
 DEPFORMER_FRAMES = 2500
-CPU_FRAMES = 256  # of the depformer on a CPU: its caches hold about as much
 
 # Sum of weight x cross-entropy of the frames in [start, stop), from their `[n, C]`.
 PartOfLoss = Callable[[torch.Tensor, int, int], torch.Tensor]
@@ -96,8 +95,7 @@ def audio_loss(
         logits = depformer.logits(codes[start:stop], frames)
         return _nll_sum(logits, targets[start:stop].t(), weight[start:stop].t())
 
-    most = min(CPU_FRAMES, DEPFORMER_FRAMES) if hidden.device.type == "cpu" else DEPFORMER_FRAMES
-    return loss_in_parts(part, hidden, most, depformer.trained())
+    return loss_in_parts(part, hidden, DEPFORMER_FRAMES, depformer.trained())
 
 
 def loss_in_parts(

@@ -120,7 +120,7 @@ def _norm_backward(x: torch.Tensor, alpha: torch.Tensor, grad: torch.Tensor, eps
 @compiled_lazily
 def _silu_gate(x: torch.Tensor) -> torch.Tensor:
     left, right = x.chunk(2, dim=-1)
-    return F.silu(left) * right
+    return F.silu(left).mul_(right)
 
 
 @compiled_lazily

@@ -24,21 +24,26 @@ def memory_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-def forget_peak() -> None:
-    """Give freed memory back, and start anew to look for the highest use (Linux)."""
+def give_memory_back() -> None:
+    """What is freed goes back to the system (Linux)."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
-def serve(work: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> None:
+def serve(
+    work: Callable[[], Any], prepare: Callable[[], Any] = lambda: None, fresh_memory: bool = True
+) -> None:
     """Work once for each line, and answer with its time and by how much memory grew at its peak.
 
     Args:
         prepare: called before each round, not timed.
+        fresh_memory: freed memory is given back before each round, without which its growth would not show.
+            False for rounds that follow each other as steps of a run do, in memory that is there already.
     """
     for _ in sys.stdin:
         prepare()
-        forget_peak()
+        if fresh_memory:
+            give_memory_back()
+        Path("/proc/self/clear_refs").write_text("5")  # start anew to look for the highest use
         before, started, began = memory_mib("VmRSS"), time.process_time(), time.perf_counter()
         result = work()
         seconds, wall = time.process_time() - started, time.perf_counter() - began

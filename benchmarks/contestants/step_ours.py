@@ -52,7 +52,7 @@ def main() -> None:
     trainer.optimizer = Optimizer(parts.model, config.optim, config.max_steps)
     set_activation_checkpointing(parts.model, config.gradient_checkpointing)
     parts.model.train()
-    serve(trainer.train_step)
+    serve(trainer.train_step, fresh_memory=False)
 
 
 if __name__ == "__main__":

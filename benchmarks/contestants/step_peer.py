@@ -98,7 +98,7 @@ def main() -> None:
         schedule.step()
         return (text + audio).item()
 
-    serve(step)
+    serve(step, fresh_memory=False)
 
 
 if __name__ == "__main__":
