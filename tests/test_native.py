@@ -57,7 +57,9 @@ def test_undone_updates_of_a_long_sequence_lose_no_precision(radii):
 
 
 def test_threads_and_other_rows_change_no_bit():
-    problem = replace(PROBLEMS["three layers, a bound that is reached"], rows=3)
+    problem = replace(
+        PROBLEMS["three layers, a bound that is reached"], rows=3, length=601
+    )  # work for threads
     tensors = [x.float() for x in problem.arguments()]
     threads = torch.get_num_threads()
     try:

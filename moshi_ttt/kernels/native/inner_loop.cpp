@@ -12,38 +12,44 @@
 
 namespace ttt {
 
-// Work on all nets, each thread with a Worker of its own.
+// What a thread must have to do before it is worth starting: some 0.1 ms.
+constexpr double FLOPS_OF_A_THREAD = 1e7;
+
+// Work on all nets, each thread with a Worker of its own. `products` is how often the work goes over all inner
+// weights for a token.
 template <class Worker, class T, class Work>
-void share(const Problem<T>& p, Work work) {
+void share(const Problem<T>& p, double products, Work work) {
+    const double flops = 2 * products * p.nets * p.weights();
+    const long useful = 1 + long(flops / FLOPS_OF_A_THREAD), threads = std::min({p.threads, p.nets, useful});
     std::atomic<long> next{0};
     auto run = [&] {
         Worker worker(p);
         for (long net = next++; net < p.nets; net = next++) work(worker, net);
     };
     std::vector<std::thread> others;
-    for (long i = 1; i < std::min(p.threads, p.nets); i++) others.emplace_back(run);
+    for (long i = 1; i < threads; i++) others.emplace_back(run);
     run();
     for (std::thread& other : others) other.join();
 }
 
 template <class T>
 void forward(const Problem<T>* p, T* const* state, T* out) {
-    share<Forward<T>>(*p, [&](Forward<T>& worker, long net) { worker.net(net, state, out); });
+    share<Forward<T>>(*p, 3.5 * p->tokens, [&](Forward<T>& worker, long net) { worker.net(net, state, out); });
 }
 
 template <class T>
 void backward(const Problem<T>* p, const Gradients<T>* d) {
-    share<Backward<T>>(*p, [&](Backward<T>& worker, long net) { worker.net(net, *d); });
+    share<Backward<T>>(*p, 10.5 * p->tokens, [&](Backward<T>& worker, long net) { worker.net(net, *d); });
 }
 
 template <class T>
 void step(const Problem<T>* p, T* const* state, const Pending<T>* pending, T* out) {
-    share<Step<T>>(*p, [&](Step<T>& worker, long net) { worker.net(net, state, *pending, out); });
+    share<Step<T>>(*p, 2.5, [&](Step<T>& worker, long net) { worker.net(net, state, *pending, out); });
 }
 
 template <class T>
 void finish(const Problem<T>* p, T* const* state, const Pending<T>* pending) {
-    share<Step<T>>(*p, [&](Step<T>& worker, long net) { worker.finish(net, state, *pending); });
+    share<Step<T>>(*p, p->size, [&](Step<T>& worker, long net) { worker.finish(net, state, *pending); });
 }
 
 }  // namespace ttt

@@ -29,6 +29,11 @@ struct Problem {
         for (long l = 0; l <= depth; l++) most = widths[l] > most ? widths[l] : most;
         return most;
     }
+    long weights() const {
+        long sum = 0;
+        for (long l = 0; l < depth; l++) sum += inputs(l) * outputs(l);
+        return sum;
+    }
     bool hidden(long layer) const { return layer + 1 < depth; }
 };
 
