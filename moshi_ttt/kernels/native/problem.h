@@ -15,7 +15,7 @@ struct Problem {
     const T *q, *k, *target, *lr;              // [N, T, D], lr [N, T]
     const T *norm_weight, *norm_bias, *scale;  // [N, D], [size, size]
     T* const* center;                          // of the bound, [heads, ...]
-    T* const* starts;                          // of each group of mini-batches, a list of [N, ...]; see `forward`
+    T* const* starts;                          // of each group of mini-batches, a list of [N, ...]; see `Forward::net`
     T *key_outputs, *query_outputs;            // [N, T, D], of the last layer, before its LayerNorm
     T* shrinks;                                // [mini-batches, N, depth]: what the bound drew the weights back by
 
